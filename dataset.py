@@ -1,0 +1,242 @@
+"""Arrays and tables as tensors: metadata encoder, augmentation, dataset and samplers.
+
+Images come out as uint8 (3, S, S); networks normalise them on their own device. Test-time views
+are exact symmetries of a batch and live with the networks (models.dihedral).
+"""
+
+import os
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no version check over the network
+
+import albumentations as A
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+
+from util import open_array
+
+META_COLUMNS = ("sex", "age_approx", "anatom_site_general_challenge")
+MISSING, UNKNOWN = "missing", "unknown"
+
+
+class MetaEncoder:
+    """Metadata as numbers, fitted on training rows alone.
+
+    A text column becomes one column per value seen, one for unknown values and one for missing
+    ones; a numeric column becomes its standard score and a missing flag. A column that a later
+    table lacks counts as missing everywhere, so the width never changes.
+    """
+
+    def __init__(self, columns: dict[str, dict]):
+        self.columns = columns  # plain types: it is saved inside checkpoints
+
+    @classmethod
+    def fit(cls, table: pd.DataFrame, names: tuple[str, ...] = META_COLUMNS) -> "MetaEncoder":
+        """Learn the vocabularies of those of the named columns that the table has."""
+        columns = {}
+        for name in names:
+            if name not in table or table[name].isna().all():
+                continue
+            values = table[name].dropna()
+            if pd.api.types.is_numeric_dtype(values):
+                spread = float(values.std(ddof=0))
+                columns[name] = {"mean": float(values.mean()), "std": spread if spread > 0 else 1.0}
+            else:
+                columns[name] = {"values": sorted(values.astype(str).unique().tolist())}
+        return cls(columns)
+
+    @property
+    def dim(self) -> int:
+        """Number of encoded columns M."""
+        return sum(len(c["values"]) + 2 if "values" in c else 2 for c in self.columns.values())
+
+    def encode(self, table: pd.DataFrame) -> np.ndarray:
+        """Encode a table: float32 (N, M)."""
+        parts = [np.empty((len(table), 0))]
+        for name, column in self.columns.items():
+            values = table[name] if name in table else pd.Series(np.nan, index=table.index)
+            if "values" in column:
+                words = values.astype(str).where(values.notna(), MISSING).to_numpy()
+                known = np.stack([words == word for word in column["values"]], axis=1)
+                known &= values.notna().to_numpy()[:, None]
+                unknown = values.notna().to_numpy() & ~known.any(axis=1)
+                parts += [known, unknown[:, None], values.isna().to_numpy()[:, None]]
+            else:
+                number = pd.to_numeric(values, errors="coerce").to_numpy(dtype=float)
+                gap = ~np.isfinite(number)
+                standard = (np.where(gap, column["mean"], number) - column["mean"]) / column["std"]
+                parts += [standard[:, None], gap[:, None]]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+class DrawHair(A.ImageOnlyTransform):
+    """Thin dark curves over a square uint8 image, so that networks learn to look past hair.
+
+    Overlays (alpha only) are drawn once into a bank and varied by the symmetries of the square,
+    which is some twenty times cheaper than drawing each time.
+    """
+
+    def __init__(self, size: int, max_hairs: int = 30, bank_size: int = 64, p: float = 0.5):
+        super().__init__(p=p)
+        self.size, self.max_hairs, self.bank_size = size, max_hairs, bank_size
+        self._bank: np.ndarray | None = None
+
+    @property
+    def bank(self) -> np.ndarray:
+        """Opacity of every overlay: uint8 (bank_size, size, size)."""
+        if self._bank is None:
+            rng = np.random.default_rng(0)
+            overlays = [self._draw(rng) for _ in range(self.bank_size)]
+            self._bank = np.stack(overlays)
+        return self._bank
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_bank": None}  # drawn again in each worker, not sent to it
+
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:
+        overlay = np.zeros((self.size, self.size), np.uint8)
+        t = np.linspace(0, 1, 24)[:, None]
+        for _ in range(rng.integers(1, self.max_hairs + 1)):
+            start = rng.uniform(-0.1, 1.1, 2)
+            angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.9)
+            end = start + length * np.array([np.cos(angle), np.sin(angle)])
+            bend = (start + end) / 2 + rng.normal(0, 0.25 * length, 2)
+            curve = (1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t**2 * end
+            points = np.rint(curve * self.size * 16).astype(np.int32)  # 1/16 pixel
+            opacity = int(rng.integers(120, 230))
+            cv2.polylines(overlay, [points], False, opacity, 1, cv2.LINE_AA, shift=4)
+        return overlay
+
+    def get_params(self) -> dict:
+        """Draw an overlay, its symmetry and its colour, a dark brown."""
+        shade = self.py_random.uniform(0.3, 1)
+        return {
+            "overlay": self.py_random.randrange(self.bank_size),
+            "symmetry": self.py_random.randrange(8),
+            "color": [75 * shade, 60 * shade, 52 * shade],
+        }
+
+    def apply(self, img: np.ndarray, overlay: int, symmetry: int, color: list, **_) -> np.ndarray:
+        """Blend one overlay into a uint8 (size, size, 3) image."""
+        alpha = np.rot90(self.bank[overlay], symmetry % 4)
+        alpha = (alpha.T if symmetry >= 4 else alpha)[..., None] / np.float32(255)
+        return np.rint(img + alpha * (np.array(color, np.float32) - img)).astype(np.uint8)
+
+
+def train_transform(size: int) -> A.Compose:
+    """The original's augmentation: hair, flips, any rotation, brightness, contrast, saturation."""
+    return A.Compose(
+        [
+            DrawHair(size),
+            A.HorizontalFlip(p=0.5),
+            A.VerticalFlip(p=0.5),
+            A.Rotate(limit=(-180, 180), border_mode=cv2.BORDER_REFLECT_101, p=1.0),
+            A.ColorJitter(
+                brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(0, 0), p=1.0
+            ),
+        ]
+    )
+
+
+def eval_transform() -> A.Compose:
+    """Nothing: an image as it was stored."""
+    return A.Compose([])
+
+
+class ImageDataset(Dataset):
+    """Rows of a stored array with their metadata and target.
+
+    The array is named by its path and opened in the process that reads it, so the dataset
+    pickles small and no worker gets a copy of the images.
+
+    Items are (image uint8 (3, S, S), meta float32 (M,), target float32 scalar).
+    """
+
+    def __init__(self, path, n_rows: int, rows, meta, target=None, transform=None):
+        self.path, self.n_rows = path, n_rows
+        self.rows = np.asarray(rows)
+        self.meta = np.asarray(meta, dtype=np.float32)
+        self.target = np.zeros(len(self.rows)) if target is None else np.asarray(target)
+        if not len(self.rows) == len(self.meta) == len(self.target):
+            raise ValueError(
+                f"{len(self.rows)} rows, {len(self.meta)} of metadata and {len(self.target)} "
+                "targets do not match"
+            )
+        self.transform = transform or eval_transform()
+        self._array: np.ndarray | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_array": None}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self._array is None:
+            self._array = open_array(self.path, self.n_rows)
+        image = self.transform(image=np.array(self._array[self.rows[i]]))["image"]
+        return (
+            torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            torch.from_numpy(self.meta[i]),
+            torch.tensor(self.target[i], dtype=torch.float32),
+        )
+
+
+def seed_worker(worker_id: int) -> None:
+    """Give a loader worker random numbers of its own, new in every epoch.
+
+    albumentations keeps its generator inside the transform; forked workers would otherwise all
+    start from the same copy of it, in every epoch anew.
+    """
+    cv2.setNumThreads(0)
+    info = get_worker_info()
+    info.dataset.transform.set_random_seed(info.seed % 2**32)
+
+
+class BalancedSampler(Sampler):
+    """Every row of the larger class once and as many draws from the smaller one, shuffled."""
+
+    def __init__(self, target: np.ndarray, seed: int):
+        self.target, self.seed = np.asarray(target), seed
+        counts = np.bincount(self.target.astype(int), minlength=2)
+        if counts.min() == 0:
+            raise ValueError("a balanced sampler needs rows of both classes")
+        self.largest = int(counts.max())
+
+    def __len__(self) -> int:
+        return 2 * self.largest
+
+    def __iter__(self):
+        rng = np.random.default_rng(self.seed)
+        parts = []
+        for label in (0, 1):
+            rows = np.flatnonzero(self.target == label)
+            extra = rng.choice(rows, self.largest - len(rows))  # none for the larger class
+            parts += [rows, extra]
+        return iter(rng.permutation(np.concatenate(parts)).tolist())
+
+
+def train_loader(
+    dataset: ImageDataset, batch_size: int, sampler: str, workers: int, seed: int
+) -> DataLoader:
+    """Loader of one training epoch; `seed` fixes its order and augmentation."""
+    dataset.transform.set_random_seed(seed % 2**32)  # where no worker is used
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=BalancedSampler(dataset.target, seed) if sampler == "balanced" else None,
+        shuffle=sampler == "shuffle",
+        num_workers=workers,
+        worker_init_fn=seed_worker,
+        generator=generator,
+    )
+
+
+def eval_loader(dataset: ImageDataset, batch_size: int, workers: int) -> DataLoader:
+    """Loader in table order."""
+    return DataLoader(
+        dataset, batch_size=batch_size, num_workers=workers, worker_init_fn=seed_worker
+    )

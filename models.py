@@ -1,0 +1,386 @@
+"""Networks, checkpoints and prediction.
+
+Every network is called as model(image, meta) -> logit (N, 1), with image (N, 3, S, S) either
+uint8 or float in 0..1, and meta (N, M) as dataset.MetaEncoder makes it. A network normalises its
+input itself, knows its parameter groups, and is rebuilt from the spec in its checkpoint.
+
+References:
+    C. Careaga, attention_guided_cropping (2020): MetaResNet and ChipNet, their learning rates.
+"""
+
+import os
+import pickle
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision import models as tv
+from torchvision.models.regnet import BlockParams, RegNet
+
+import fsg
+
+CHIP = 32  # pixels; the total stride of the usual backbones, so a chip becomes one embedding
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CHECKPOINT_FORMAT = 1
+
+
+class ModelError(ValueError):
+    """A network or checkpoint that cannot be built or read; its text says what to pass instead."""
+
+
+# ---------------------------------------------------------------- backbones
+def regnet_tiny(num_classes: int = 1000) -> RegNet:
+    """A residual network of 0.3 M parameters for CPUs: RegNet of four blocks, no groups."""
+    widths = [16, 32, 64, 128]
+    params = BlockParams(
+        depths=[1, 1, 1, 1],
+        widths=widths,
+        group_widths=widths,
+        bottleneck_multipliers=[1.0] * 4,
+        strides=[2] * 4,
+    )
+    return RegNet(params, num_classes=num_classes, stem_width=widths[0])
+
+
+def vit_tiny(image_size: int = 224, num_classes: int = 1000) -> tv.VisionTransformer:
+    """A vision transformer of 0.5 M parameters for CPUs: 4 blocks of width 96, 16 px patches."""
+    return tv.VisionTransformer(
+        image_size=image_size,
+        patch_size=16,
+        num_layers=4,
+        num_heads=3,
+        hidden_dim=96,
+        mlp_dim=192,
+        num_classes=num_classes,
+    )
+
+
+SMALL_BACKBONES = {"regnet_tiny": regnet_tiny, "vit_tiny": vit_tiny}
+
+
+def torchvision_backbone(name: str, weights: str, image_size: int) -> nn.Module:
+    """A torchvision classification network, or one of our small ones, with its own head."""
+    size = {"image_size": image_size} if name.startswith("vit_") else {}
+    if name in SMALL_BACKBONES:
+        if weights == "imagenet":
+            raise ModelError(f"no ImageNet weights exist for {name}; pass --weights none or a file")
+        return SMALL_BACKBONES[name](**size)
+    known = tv.list_models(module=tv)
+    if name not in known or name.startswith(("inception", "googlenet", "squeezenet")):
+        raise ModelError(
+            f"backbone {name!r} is not supported; take one of {', '.join(SMALL_BACKBONES)}, a "
+            "torchvision classifier such as resnet18, resnet50, efficientnet_b0 or vit_b_16, or "
+            "timm:NAME"
+        )
+    return tv.get_model(name, weights="DEFAULT" if weights == "imagenet" else None, **size)
+
+
+def timm_backbone(name: str, weights: str, image_size: int) -> nn.Module:
+    """A timm network, with its own head."""
+    try:
+        import timm
+    except ImportError:
+        raise ModelError("--backbone timm:NAME needs timm; pip install timm") from None
+    if not timm.is_model(name):
+        raise ModelError(f"timm has no model {name!r}; timm.list_models() names them")
+    size = {"img_size": image_size} if "vit" in name else {}
+    return timm.create_model(name, pretrained=weights == "imagenet", **size)
+
+
+def load_weights(network: nn.Module, head: str, path: Path) -> None:
+    """Load a state_dict file into a backbone; only the keys of its head may differ."""
+    state = read_torch_file(path)
+    state = state.get("state_dict", state)
+    own = network.state_dict()
+    body = {key: value for key, value in state.items() if not key.startswith(head + ".")}
+    wrong = [key for key in own if not key.startswith(head + ".") and key not in body]
+    wrong += [key for key in body if key not in own or own[key].shape != body[key].shape]
+    if wrong:
+        raise ModelError(f"{path} does not fit the backbone: {len(wrong)} keys, first {wrong[0]!r}")
+    network.load_state_dict(body, strict=False)
+
+
+def build_backbone(name: str, weights: str, image_size: int, head: nn.Module) -> nn.Module:
+    """A network by name whose last linear layer is replaced by `head`.
+
+    weights: "imagenet", "none" or the path of a state_dict. Raises ModelError where the name is
+    unknown or the weights cannot be had.
+    """
+    family, _, timm_name = name.rpartition(":")
+    if family not in ("", "timm"):
+        raise ModelError(f"backbone {name!r}: only the prefix 'timm:' is known")
+    make = timm_backbone if family else torchvision_backbone
+    try:
+        network = make(timm_name, weights, image_size)
+    except ModelError:
+        raise
+    except Exception as error:  # downloads fail in as many ways as there are networks
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(
+            f"cannot make {name} with --weights {weights} ({reason}); "
+            "pass --weights none or the path of a weights file"
+        ) from None
+    layers = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ModelError(f"backbone {name} ends in no linear layer; take another")
+    if weights not in ("imagenet", "none"):
+        load_weights(network, layers[-1], Path(weights))
+    network.set_submodule(layers[-1], head)
+    return network
+
+
+# ---------------------------------------------------------------- networks
+class Network(nn.Module):
+    """What all networks share: a backbone (N, 3, s, s) -> (N, C) and its normalisation."""
+
+    def __init__(self, backbone: str, weights: str, image_size: int, input_size: int):
+        super().__init__()
+        self.backbone = build_backbone(backbone, weights, image_size, nn.Identity())
+        config = getattr(self.backbone, "pretrained_cfg", {})  # timm says what it was trained on
+        mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.features = self._count_features(backbone, input_size)
+
+    @torch.no_grad()
+    def _count_features(self, name: str, size: int) -> int:
+        self.backbone.eval()
+        try:
+            shape = self.backbone(torch.zeros(1, 3, size, size)).shape
+        except Exception as error:  # whatever a network says to a size it cannot take
+            raise ModelError(f"backbone {name} cannot take {size} px images ({error})") from None
+        finally:
+            self.backbone.train()
+        if len(shape) != 2:
+            raise ModelError(f"backbone {name} gives {tuple(shape)}, not (N, C); take another")
+        return shape[1]
+
+    def normalise(self, image: torch.Tensor) -> torch.Tensor:
+        """Bring uint8, or float in 0..1, to the distribution the backbone was trained on."""
+        if image.dtype == torch.uint8:
+            image = image.float() / 255
+        return (image - self.mean) / self.std
+
+    def param_groups(self, lr: float, head_lr: float) -> list[dict]:
+        """Parameter groups: the backbone at `lr`, everything else but gates at `head_lr`."""
+        gates = {id(p) for p in fsg.gate_parameters(self)}
+        body = {id(p): p for p in self.backbone.parameters() if id(p) not in gates}
+        rest = [p for p in self.parameters() if id(p) not in body and id(p) not in gates]
+        return [{"params": list(body.values()), "lr": lr}, {"params": rest, "lr": head_lr}]
+
+
+class MetaResNet(Network):
+    """Image features and metadata features, concatenated, one linear head.
+
+    Any backbone serves; without metadata (meta_dim 0) the second branch is absent.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        weights: str,
+        image_size: int,
+        meta_dim: int,
+        meta_hidden: int,
+        dropout: float,
+    ):
+        super().__init__(backbone, weights, image_size, input_size=image_size)
+        self.meta_branch = None
+        if meta_dim:
+            self.meta_branch = nn.Sequential(
+                nn.Linear(meta_dim, meta_hidden),
+                nn.ReLU(inplace=True),
+                nn.Linear(meta_hidden, meta_hidden),
+                nn.ReLU(inplace=True),
+            )
+        width = self.features + (meta_hidden if meta_dim else 0)
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, 1))
+
+    def forward(self, image: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+        """image (N, 3, S, S), meta (N, M) -> logit (N, 1)."""
+        features = self.backbone(self.normalise(image))  # (N, C)
+        if self.meta_branch is not None:
+            features = torch.cat([features, self.meta_branch(meta)], dim=1)
+        return self.head(features)
+
+
+class ChipNet(Network):
+    """Attention over chips that cannot see each other: says where the evidence lies.
+
+    Chips of 32 px go through the backbone one by one; two 3x3 convolutions over their grid of
+    embeddings and a softmax weigh them; the weighted sum is classified. Metadata is not used.
+    """
+
+    def __init__(
+        self, backbone: str, weights: str, image_size: int, attention_hidden: int, dropout: float
+    ):
+        if image_size % CHIP:
+            raise ModelError(f"ChipNet needs a multiple of {CHIP} px, not {image_size}")
+        super().__init__(backbone, weights, image_size, input_size=CHIP)
+        self.scorer = nn.Sequential(
+            nn.Dropout2d(dropout),
+            nn.Conv2d(self.features, attention_hidden, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.BatchNorm2d(attention_hidden),
+            nn.Conv2d(attention_hidden, 1, 3, padding=1),
+        )
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.features, 1))
+
+    def embed(self, image: torch.Tensor) -> torch.Tensor:
+        """image (N, 3, S, S) -> one embedding per chip (N, C, h, w) with h = w = S / 32."""
+        image = self.normalise(image)
+        n, grid = len(image), image.shape[-1] // CHIP
+        chips = image.view(n, 3, grid, CHIP, grid, CHIP).permute(0, 2, 4, 1, 3, 5)
+        embedding = self.backbone(chips.reshape(-1, 3, CHIP, CHIP))  # (N * h * w, C)
+        return embedding.view(n, grid, grid, -1).permute(0, 3, 1, 2)
+
+    def weigh(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, C, h, w) -> attention (N, h, w), positive, sums to 1."""
+        score = self.scorer(embedding).squeeze(1)
+        return score.flatten(1).softmax(dim=1).view_as(score)
+
+    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """Attention (N, h, w) averaged over the first `views` symmetries of the square."""
+        maps = []
+        for view in range(views):
+            attention = self.weigh(self.embed(dihedral(image, view)))
+            maps.append(dihedral(attention, view, inverse=True))
+        return torch.stack(maps).mean(dim=0)
+
+    def forward(self, image: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
+        """image (N, 3, S, S) -> logit (N, 1)."""
+        embedding = self.embed(image)
+        pooled = (embedding * self.weigh(embedding).unsqueeze(1)).sum(dim=(2, 3))  # (N, C)
+        return self.head(pooled)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a name of --model is built and, unless flags say otherwise, trained."""
+
+    network: type[Network]
+    backbone: str
+    lr: float  # of the backbone
+    head_lr: float  # of everything else
+    hidden: int  # width of the metadata branch or of the attention
+    gated: bool = False
+    crop_dir: str | None = None
+
+
+MODELS = {
+    "resnet": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256),
+    "chipnet": Recipe(ChipNet, "resnet50", 5e-5, 1e-4, 512),
+    "cropnet": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256, crop_dir="data/crops/chipnet"),
+    "fsg_vit": Recipe(MetaResNet, "vit_b_16", 1e-5, 5e-5, 256, gated=True),
+}
+
+
+def build_model(spec: dict, weights: str = "none") -> Network:
+    """Build a network from its spec: model, backbone, image_size, meta_dim, hidden, dropout, gates.
+
+    Raises ModelError where the parts do not fit together.
+    """
+    recipe = MODELS[spec["model"]]
+    make = partial(recipe.network, spec["backbone"], weights, spec["image_size"])
+    if recipe.network is ChipNet:
+        model = make(attention_hidden=spec["hidden"], dropout=spec["dropout"])
+    else:
+        model = make(spec["meta_dim"], meta_hidden=spec["hidden"], dropout=spec["dropout"])
+    if spec["gates"] is not None:
+        try:
+            fsg.add_gates(model.backbone, init=spec["gates"])
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+    return model.to(memory_format=torch.channels_last)  # faster convolutions, the same function
+
+
+# ---------------------------------------------------------------- checkpoints
+def read_torch_file(path: Path) -> dict:
+    """Read a file of plain types and tensors; nothing in it is ever executed."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        raise ModelError(f"{path} is not a file of plain weights (or is cut off)") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def save_checkpoint(path: Path, model: Network, spec: dict, **extra) -> None:
+    """Save a network with its spec and further plain values; `path` is replaced when complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    content = {"format": CHECKPOINT_FORMAT, "spec": spec, "state_dict": model.state_dict(), **extra}
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Network, dict]:
+    """Rebuild a network from its checkpoint: (model in eval mode, everything saved with it).
+
+    Raises ModelError where the file is no checkpoint of this project.
+    """
+    content = read_torch_file(path)
+    if content.get("format") != CHECKPOINT_FORMAT:
+        raise ModelError(f"{path} is not a checkpoint of train.py (format {CHECKPOINT_FORMAT})")
+    model = build_model(content["spec"])
+    try:
+        model.load_state_dict(content["state_dict"])
+    except RuntimeError as error:
+        raise ModelError(f"{path} does not fit its own spec ({error})") from None
+    return model.to(device).eval(), content
+
+
+# ---------------------------------------------------------------- prediction
+def dihedral(x: torch.Tensor, view: int, inverse: bool = False) -> torch.Tensor:
+    """One of the 8 symmetries of the square on (..., S, S): two flips and a transposition.
+
+    View 0 is the identity; 0..1 add the horizontal, 0..3 the vertical flip, 0..7 all of them.
+    """
+    flips = [dim for dim, bit in ((-1, 1), (-2, 2)) if view & bit]
+    if view & 4 and inverse:
+        x = x.transpose(-1, -2)
+    x = x.flip(flips) if flips else x
+    if view & 4 and not inverse:
+        x = x.transpose(-1, -2)
+    return x
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" takes CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
+        name = found[0] if found else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"--device {name} cannot be used ({reason}); pass cpu") from None
+    return torch.device(name)
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Mixed precision: amp is "off", "bf16" or "fp16"."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+
+
+@torch.inference_mode()
+def predict(model: Network, loader, device: torch.device, tta: int = 1, amp: str = "off"):
+    """Probability of every image of a loader, averaged over `tta` symmetries: float64 (N,)."""
+    model.eval()
+    probs = []
+    for image, meta, _ in loader:
+        image, meta = image.to(device), meta.to(device)
+        with autocast(device, amp):
+            views = [model(dihedral(image, view), meta) for view in range(tta)]
+        probs.append(torch.stack(views).double().sigmoid().mean(dim=0).squeeze(1).cpu().numpy())
+    return np.concatenate(probs)
+

@@ -1,0 +1,243 @@
+"""Turn a csv and a folder of images into memory-mapped arrays and tables with frozen folds.
+
+Reads   --train_csv, --test_csv, sample_submission.csv beside them, and --image_dir (never written)
+Writes  --output_dir: {train,test}_224.npy, train.csv (with fold), test.csv, preprocess.json
+
+    python preprocess.py
+    python preprocess.py --train_csv my/labels.csv --image_col file --group_col patient
+
+The array holds the centre square of every image, resized; the original's width and height go
+into the table, so that boxes found later can be cut from the original file.
+"""
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+import util
+from util import FOLD, ID, TARGET, InputError
+
+EXAMPLE_CSV = Path("example_data/train.csv")
+
+
+def read_labels(path: Path, args: argparse.Namespace, columns: dict[str, str]) -> pd.DataFrame:
+    """Read an input table and give the columns {theirs: ours} the project's names."""
+    table = util.read_table(path, columns, args.image_col)[: args.limit]
+    for theirs, ours in columns.items():
+        if theirs != ours and ours in table:
+            raise InputError(f"{path} has both {theirs!r} and {ours!r}; rename the second")
+    return table.rename(columns=columns)
+
+
+def locate(table: pd.DataFrame, index: dict[str, Path], image_dir: Path, skip: bool) -> list:
+    """Path of every row's image; a missing one is an error, or None where bad rows are skipped."""
+    paths = [index.get(name) for name in table[ID]]
+    missing = table[ID][[path is None for path in paths]].tolist()
+    if missing and not skip:
+        raise InputError(
+            f"{image_dir} has no image named {missing[0]!r} ({len(missing)} of {len(table)} are "
+            "missing); check --image_dir and --image_col, or pass --on_error skip"
+        )
+    for name in missing:
+        tqdm.write(f"skipped {name}: no such image in {image_dir}")
+    return paths
+
+
+def centre_square(width: int, height: int) -> tuple[float, float, float, float]:
+    """Largest centred square of an image as (x0, y0, x1, y1)."""
+    side = min(width, height)
+    x0, y0 = (width - side) / 2, (height - side) / 2
+    return x0, y0, x0 + side, y0 + side
+
+
+def read_square(path: Path, size: int, exact: bool) -> tuple[np.ndarray, tuple[int, int]]:
+    """Centre square as uint8 (size, size, 3), and the original's (width, height).
+
+    Unless `exact`, JPEGs are decoded at a reduced scale that keeps twice the pixels needed.
+    """
+    image, original_size = util.read_image(path, None if exact else 2 * size)
+    return util.resize_box(image, centre_square(*image.size), size), original_size
+
+
+def write_images(
+    table: pd.DataFrame, paths: list, array_path: Path, args: argparse.Namespace
+) -> pd.DataFrame:
+    """Write the array of a table's images; returns its rows with width and height added.
+
+    Rows whose image is missing or broken are dropped with --on_error skip.
+    """
+    shape = (args.size, args.size, 3)
+    sizes: list = [None] * len(table)
+
+    def work(row: int) -> None:
+        try:
+            array[row], sizes[row] = read_square(paths[row], args.size, args.exact)
+        except InputError as error:
+            if args.on_error == "fail":
+                raise InputError(f"{error}; repair it or pass --on_error skip") from None
+            tqdm.write(f"skipped {table[ID].iloc[row]}: {error}")
+
+    found = [row for row, path in enumerate(paths) if path is not None]
+    with util.new_array(array_path, (len(table), *shape)) as array:
+        with ThreadPoolExecutor(args.workers) as pool:
+            try:
+                jobs = pool.map(work, found)
+                list(tqdm(jobs, total=len(found), desc=array_path.name, unit="image"))
+            except InputError:
+                pool.shutdown(cancel_futures=True)
+                raise
+    kept = [row for row, size in enumerate(sizes) if size is not None]
+    if not kept:
+        raise InputError(f"none of the {len(table)} images of {array_path.stem} could be read")
+    if len(kept) < len(table):
+        whole = util.open_array(array_path, len(table))
+        with util.new_array(array_path, (len(kept), *shape)) as packed:
+            for new, old in enumerate(kept):
+                packed[new] = whole[old]
+    widths, heights = zip(*(sizes[row] for row in kept), strict=True)
+    return table.iloc[kept].reset_index(drop=True).assign(width=widths, height=heights)
+
+
+def group_column(table: pd.DataFrame, args: argparse.Namespace) -> str | None:
+    """Column whose rows stay together in one fold, or None; raises InputError if unusable."""
+    if args.group_col == "none":
+        return None
+    if args.group_col not in table:
+        problem = f"{args.train_csv} has no column {args.group_col!r}"
+    elif table[args.group_col].isna().all():
+        problem = f"column {args.group_col!r} of {args.train_csv} is empty"
+    else:
+        return args.group_col
+    raise InputError(
+        f"{problem}; name the column of patients or lesions with --group_col, or pass "
+        "--group_col none to split image by image"
+    )
+
+
+def assign_folds(target: np.ndarray, group: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """Held-out fold of every row (N,), stratified by target, groups kept whole.
+
+    Raises InputError where a fold would lack one of the classes.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    if n_folds < 2:
+        raise InputError(f"--n_folds {n_folds} leaves nothing held out; pass at least 2")
+    for label in (0, 1):
+        groups = len(np.unique(group[target == label]))
+        if groups < n_folds:
+            raise InputError(
+                f"class {label} has only {groups} groups, too few for {n_folds} folds; "
+                "pass a smaller --n_folds or more data"
+            )
+    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    fold = np.full(len(target), -1)
+    for k, (_, held_out) in enumerate(splitter.split(target, target, group)):
+        fold[held_out] = k
+    for k in range(n_folds):
+        if len(np.unique(target[fold == k])) < 2:
+            raise InputError(
+                f"fold {k} would hold one class only; pass a smaller --n_folds or another --seed"
+            )
+    return fold
+
+
+def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
+    """Input tables by split; those not given are looked for beside the train table."""
+    folder = args.train_csv.parent
+    inputs = {
+        "train": args.train_csv,
+        "test": args.test_csv or folder / "test.csv",
+        "sample_submission": (args.test_csv or args.train_csv).parent / "sample_submission.csv",
+    }
+    optional = {split for split in ("test", "sample_submission") if not inputs[split].exists()}
+    if args.test_csv is None and "test" in optional:
+        optional.add("sample_submission")
+    elif "test" in optional:
+        raise InputError(f"{args.test_csv} is missing")
+    return {split: path for split, path in inputs.items() if split not in optional}
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Write the arrays and tables; returns their directory."""
+    inputs = find_inputs(args)
+    image_dir = args.image_dir or args.train_csv.parent / "images"
+    names = {args.image_col: ID}
+    tables = {"train": read_labels(inputs["train"], args, names | {args.target_col: TARGET})}
+    util.check_target(tables["train"], args.train_csv)
+    group_col = group_column(tables["train"], args)
+    if FOLD in tables["train"]:
+        raise InputError(f"{args.train_csv} has a column 'fold' already; rename or remove it")
+    if "test" in inputs:
+        tables["test"] = read_labels(inputs["test"], args, names)
+    index = util.index_images(image_dir)
+    paths = {s: locate(t, index, image_dir, args.on_error == "skip") for s, t in tables.items()}
+
+    output_dir = util.claim_dir(args.output_dir, "preprocess.json", args.overwrite)
+    for split in tables:
+        array_path = util.array_path(output_dir, split, args.size)
+        tables[split] = write_images(tables[split], paths[split], array_path, args)
+    target = util.check_target(tables["train"], args.train_csv)
+    group = util.groups_of(tables["train"], group_col)
+    tables["train"][FOLD] = assign_folds(target, group, args.n_folds, args.seed)
+    if "sample_submission" in inputs:
+        sample = util.read_table(inputs["sample_submission"], (), args.image_col)[: args.limit]
+        tables["sample_submission"] = sample.rename(columns=names)
+        if set(tables["sample_submission"][ID]) != set(tables["test"][ID]):
+            raise InputError(f"{inputs['sample_submission']} and the test table name other images")
+
+    hashes = {}
+    for split, table in tables.items():
+        util.write_table(output_dir / f"{split}.csv", table)
+        hashes[f"{split}.csv"] = util.sha256(output_dir / f"{split}.csv")
+    for split in paths:
+        array_path = util.array_path(output_dir, split, args.size)
+        hashes[array_path.name] = util.sha256(array_path)
+    facts = {
+        "size": args.size,
+        "n_folds": args.n_folds,
+        "seed": args.seed,
+        "group_col": group_col,
+        "image_dir": image_dir.resolve(),
+        "exact": args.exact,
+        "inputs": {str(path): util.sha256(path) for path in inputs.values()},
+        "sha256": hashes,
+        **util.provenance(),
+    }
+    util.write_json(output_dir / "preprocess.json", facts)
+    for k, rows in tables["train"].groupby(FOLD):
+        print(f"fold {k}: {len(rows)} images, {rows[TARGET].sum()} positive")
+    print(f"wrote {output_dir}")
+    return output_dir
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = util.new_parser(__doc__)
+    data = parser.add_argument_group("input")
+    data.add_argument("--train_csv", type=Path, default=EXAMPLE_CSV, help="table of labels")
+    data.add_argument("--test_csv", type=Path, help="table to predict [test.csv beside train]")
+    data.add_argument("--image_dir", type=Path, help="originals [images/ beside --train_csv]")
+    data.add_argument("--image_col", default=ID, help="column of image names")
+    data.add_argument("--target_col", default=TARGET, help="column of labels, 0 or 1")
+    data.add_argument("--group_col", default="patient_id", help="column that folds keep whole")
+    data.add_argument("--limit", type=util.positive_int, help="use the first rows of each table")
+    data.add_argument("--on_error", choices=("fail", "skip"), default="fail", help="bad images")
+    out = parser.add_argument_group("output")
+    out.add_argument("--output_dir", type=Path, default=Path("data"), help="where to write")
+    out.add_argument("--size", type=util.positive_int, default=224, help="side in pixels")
+    out.add_argument("--n_folds", type=int, default=3, help="folds of the cross-validation")
+    out.add_argument("--seed", type=int, default=0, help="seed of the folds")
+    out.add_argument("--workers", type=util.positive_int, default=os.cpu_count(), help="threads")
+    out.add_argument("--exact", action="store_true", help="decode every JPEG in full")
+    out.add_argument("--overwrite", action="store_true", help="replace a finished --output_dir")
+    return parser
+
+
+if __name__ == "__main__":
+    util.run_script(main, get_args_parser())

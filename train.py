@@ -1,0 +1,470 @@
+"""Train one model on the folds asked for; predict the held-out folds and the test images.
+
+Reads   --data_dir (preprocess.py), for cropnet also --crop_dir (crop.py)
+Writes  runs/NAME/: config.json, log.csv, fold{k}_best.pt, fold{k}_last.pt, oof.csv,
+        test_predictions.csv, submission.csv, metrics.json, curves.png, roc.png
+
+    python train.py --model resnet --fold 0
+    python train.py --model chipnet --fold all --weights none --backbone regnet_tiny --lr 1e-3
+
+Folds may be trained in several calls: a run collects them. The defaults are the original's
+recipe: focal loss, balanced sampling, Adam, learning rate x 0.95 per epoch, early stopping.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import dataset
+import fsg
+import models
+import util
+from dataset import ImageDataset, MetaEncoder
+from util import FOLD, ID, PROB, TARGET, InputError
+
+# what may differ between two calls that train folds of the same run
+FREE_ARGUMENTS = {"fold", "device", "workers", "resume", "overwrite"}
+LOG_COLUMNS = (
+    "fold", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "images_per_second"
+)  # fmt: skip
+
+
+def focal_loss(logit: torch.Tensor, target: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
+    """Mean focal loss of logit (N, 1) and target (N,) in {0, 1}; gamma 0 is cross-entropy.
+
+    Lin et al., Focal Loss for Dense Object Detection, 2017, equation 4.
+    """
+    loss = F.binary_cross_entropy_with_logits(logit.squeeze(1), target, reduction="none")
+    return ((1 - torch.exp(-loss)) ** gamma * loss).mean()
+
+
+LOSSES = {"focal": focal_loss, "bce": partial(focal_loss, gamma=0.0)}
+
+
+def lr_factor(schedule: str, epoch: int, epochs: int) -> float:
+    """Factor on the learning rates in an epoch (counted from 1): 0.95 per epoch, or one epoch of
+    warm-up at a tenth and half a cosine."""
+    if schedule == "exponential":
+        return 0.95 ** (epoch - 1)
+    if epoch == 1:
+        return 0.1
+    return 0.5 * (1 + math.cos(math.pi * (epoch - 2) / max(epochs - 1, 1)))
+
+
+def epoch_seed(seed: int, fold: int, epoch: int) -> int:
+    """Seed of one epoch: a resumed run draws what an uninterrupted one would have drawn."""
+    return int(np.random.SeedSequence([seed, fold, epoch]).generate_state(1)[0])
+
+
+# ---------------------------------------------------------------- inputs
+def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """A copy of the arguments in which what depends on the model is filled in."""
+    recipe = models.MODELS[args.model]
+    settings = argparse.Namespace(**vars(args))
+    for key in ("backbone", "lr", "head_lr", "hidden", "crop_dir"):
+        if getattr(settings, key) is None:
+            setattr(settings, key, getattr(recipe, key))
+    settings.name = args.name or args.model
+    if not recipe.gated:
+        settings.gate_init, settings.gate_lr, settings.routing = None, None, "off"
+    return settings
+
+
+def parse_folds(words: list[str], n_folds: int) -> list[int]:
+    """Folds named on the command line: numbers from 0, or "all"."""
+    if words == ["all"]:
+        return list(range(n_folds))
+    for word in words:
+        if not word.isdigit() or int(word) >= n_folds:
+            raise InputError(f"--fold {word}: this data has folds 0 to {n_folds - 1} (or: all)")
+    return sorted({int(word) for word in words})
+
+
+def find_arrays(settings: argparse.Namespace, data: util.Data) -> tuple[dict, dict, dict | None]:
+    """Paths of the arrays by split, their recorded hashes, and crop.json where crops are used."""
+    directory, hashes, crop = data.directory, data.facts["sha256"], None
+    if settings.crop_dir is not None:
+        directory = Path(settings.crop_dir)
+        crop = util.read_json(directory / "crop.json")
+        hashes = crop["sha256"]
+        if crop["folds_sha256"] != util.folds_sha256(data.train):
+            raise InputError(
+                f"{directory} was cropped for other folds than {data.directory} has; run crop.py "
+                "again, or the validation images would have been seen"
+            )
+    paths = {split: util.array_path(directory, split, data.size) for split in data.tables()}
+    for split, table in data.tables().items():
+        util.open_array(paths[split], len(table))
+    return paths, {path.name: hashes[path.name] for path in paths.values()}, crop
+
+
+def make_spec(settings: argparse.Namespace, image_size: int, meta_dim: int) -> dict:
+    """What models.build_model needs to rebuild the network."""
+    return {
+        "model": settings.model,
+        "backbone": settings.backbone,
+        "image_size": image_size,
+        "meta_dim": meta_dim,
+        "hidden": settings.hidden,
+        "dropout": settings.dropout,
+        "gates": settings.gate_init,
+    }
+
+
+def meta_columns(settings: argparse.Namespace, table: pd.DataFrame) -> list[str]:
+    """Metadata columns to use; those named on the command line must exist."""
+    for name in settings.meta_cols or ():
+        if name not in table:
+            raise InputError(f"--meta_cols {name}: the train table has {', '.join(table)}")
+    return list(dataset.META_COLUMNS if settings.meta_cols is None else settings.meta_cols)
+
+
+def pick_rows(target: np.ndarray, rows: np.ndarray, limit: int | None) -> np.ndarray:
+    """Rows in order, at most `limit` of each class."""
+    if limit is None:
+        return rows
+    kept = [rows[target[rows] == label][:limit] for label in (0, 1)]
+    return np.sort(np.concatenate(kept))
+
+
+# ---------------------------------------------------------------- the run directory
+def open_run(settings: argparse.Namespace, config: dict, folds: list[int]) -> tuple[Path, list]:
+    """Create or continue a run directory; returns it and the folds still to train.
+
+    Raises InputError where the run is finished, was interrupted, or was made differently.
+    """
+    run_dir = settings.runs_dir / settings.name
+    path = run_dir / "config.json"
+    if run_dir.exists() and any(run_dir.iterdir()) and not path.exists():
+        raise InputError(f"{run_dir} holds files but no run; pass another --name")
+    if settings.overwrite and path.exists():
+        shutil.rmtree(run_dir)
+    if path.exists():
+        old = util.read_json(path)
+        for part in ("args", "data"):
+            for key in sorted(config[part].keys() - FREE_ARGUMENTS):
+                mine, theirs = config[part][key], old.get(part, {}).get(key)
+                if mine != theirs:
+                    raise InputError(
+                        f"{run_dir} was made with {key} = {theirs}, not {mine}; pass --name for "
+                        "a new run or --overwrite to replace this one"
+                    )
+        done = []
+        if (run_dir / "metrics.json").exists():
+            done = [fold["fold"] for fold in util.read_json(run_dir / "metrics.json")["folds"]]
+        for k in () if settings.resume else folds:
+            state = "finished" if k in done else "interrupted"
+            if k in done or (run_dir / f"fold{k}_last.pt").exists():
+                raise InputError(
+                    f"fold {k} of {run_dir} is {state}; pass --resume to go on with what is "
+                    "missing or --overwrite to start the run anew"
+                )
+        folds = [k for k in folds if k not in done]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    util.write_json(path, config)
+    return run_dir, folds
+
+
+def read_log(run_dir: Path) -> pd.DataFrame:
+    """The log so far, one row per fold and epoch."""
+    path = run_dir / "log.csv"
+    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=LOG_COLUMNS)
+
+
+def write_log(run_dir: Path, row: dict) -> None:
+    """Add an epoch to the log; what a resumed fold trains again is replaced."""
+    log = read_log(run_dir)
+    log = log[(log["fold"] != row["fold"]) | (log["epoch"] < row["epoch"])]
+    rows = [*log.to_dict("records"), row]
+    log = pd.DataFrame(rows, columns=LOG_COLUMNS).sort_values(["fold", "epoch"])
+    util.write_table(run_dir / "log.csv", log)
+
+
+def plot_curves(run_dir: Path) -> None:
+    """Loss and validation AUC of every fold over the epochs."""
+    figure = util.new_figure(figsize=(9, 4))
+    left, right = figure.subplots(1, 2)
+    for fold, rows in read_log(run_dir).groupby("fold"):
+        color = f"C{fold}"
+        left.plot(rows["epoch"], rows["train_loss"], color=color, label=f"fold {fold}, train")
+        left.plot(rows["epoch"], rows["valid_loss"], color=color, linestyle="--", label="held out")
+        right.plot(rows["epoch"], rows["valid_auc"], color=color, label=f"fold {fold}")
+    left.set(xlabel="epoch", ylabel="loss")
+    right.set(xlabel="epoch", ylabel="AUC of the held-out fold")
+    left.legend()
+    right.legend()
+    util.save_figure(run_dir / "curves.png", figure)
+
+
+def record_fold(
+    run_dir: Path, data: util.Data, facts: dict, oof: pd.DataFrame, test: pd.DataFrame | None
+) -> dict:
+    """Add a fold's predictions to the run's files, in table order; returns the metrics."""
+    folds = [facts]
+    if (run_dir / "metrics.json").exists():
+        folds += util.read_json(run_dir / "metrics.json")["folds"]
+        oof = pd.concat([util.read_predictions(run_dir, "oof.csv", oof.columns), oof])
+        if test is not None:
+            earlier = util.read_predictions(run_dir, "test_predictions.csv", test.columns)
+            test = pd.concat([earlier, test]).sort_values(FOLD, kind="stable")
+    order = pd.Series(np.arange(len(data.train)), index=data.train[ID])
+    oof = oof.iloc[np.argsort(order[oof[ID]].to_numpy())]
+    folds.sort(key=lambda fold: fold["fold"])
+    plot_curves(run_dir)
+    return util.write_run(run_dir, oof, test, data, folds)
+
+
+# ---------------------------------------------------------------- training
+class Trainer:
+    """A network with its optimizers and where its training stands."""
+
+    def __init__(self, settings: argparse.Namespace, spec: dict, device: torch.device):
+        self.settings, self.spec, self.device = settings, spec, device
+        self.model = models.build_model(spec, settings.weights).to(device)
+        self.optimizer = torch.optim.Adam(self.model.param_groups(settings.lr, settings.head_lr))
+        gates, gate_optimizer = fsg.gate_parameters(self.model), None
+        if gates and settings.routing == "off":
+            self.optimizer.add_param_group({"params": gates, "lr": settings.gate_lr})
+        elif gates:
+            gate_optimizer = torch.optim.Adam(gates, lr=settings.gate_lr)
+        self.optimizers = [o for o in (self.optimizer, gate_optimizer) if o is not None]
+        self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
+        self.routing = fsg.GradientRouting(
+            self.model, self.optimizer, gate_optimizer, settings.routing, self.scaler
+        )
+        self.progress = {"epoch": 0, "best_epoch": 0, "best_auc": -1.0, "seconds": 0.0}
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done or the held-out AUC stopped improving."""
+        waited = self.progress["epoch"] - self.progress["best_epoch"]
+        return self.progress["epoch"] >= self.settings.epochs or waited >= self.settings.patience
+
+    def set_lr(self, epoch: int) -> float:
+        """Set the learning rates of an epoch; returns the backbone's."""
+        factor = lr_factor(self.settings.schedule, epoch, self.settings.epochs)
+        for optimizer, base_lrs in zip(self.optimizers, self.base_lrs, strict=True):
+            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
+                group["lr"] = base_lr * factor
+        return self.optimizer.param_groups[0]["lr"]
+
+    def train_epoch(self, loader, description: str) -> float:
+        """One pass over a loader; returns the mean loss. Raises InputError where it diverges."""
+        self.model.train()
+        loss_function, total, count = LOSSES[self.settings.loss], 0.0, 0
+        for image, meta, target in tqdm(loader, desc=description, leave=False, unit="batch"):
+            batch = [part.to(self.device, non_blocking=True) for part in (image, meta, target)]
+
+            def compute_loss(image, meta, target):
+                with models.autocast(self.device, self.settings.amp):
+                    logit = self.model(image, meta)
+                return loss_function(logit.float(), target)
+
+            loss = self.routing.step(partial(compute_loss, *batch)).item()
+            if not math.isfinite(loss):
+                raise InputError(f"{description}: the loss is {loss}; pass a lower --lr, --amp off")
+            total, count = total + loss * len(image), count + len(image)
+        return total / count
+
+    def predict(self, loader, tta: int = 1) -> np.ndarray:
+        """Probabilities of a loader's images (N,)."""
+        return models.predict(self.model, loader, self.device, tta, self.settings.amp)
+
+    def save(self, path: Path, **extra) -> None:
+        """Save everything that training needs to go on."""
+        models.save_checkpoint(
+            path,
+            self.model,
+            self.spec,
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            scaler=self.scaler.state_dict(),
+            progress=self.progress,
+            **extra,
+        )
+
+    def load(self, path: Path) -> None:
+        """Take up training where `save` left it."""
+        content = models.load_checkpoint(path)[1]
+        self.model.load_state_dict(content["state_dict"])
+        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.scaler.load_state_dict(content["scaler"])
+        self.progress = content["progress"]
+
+
+def fit(trainer: Trainer, k: int, train: ImageDataset, valid: ImageDataset, run_dir: Path, extra):
+    """Train fold k until it is finished; its best epoch is in fold{k}_best.pt."""
+    settings, progress = trainer.settings, trainer.progress
+    valid_loader = dataset.eval_loader(valid, settings.batch_size, settings.workers)
+    ones = np.ones(len(valid))
+    while not trainer.finished:
+        epoch, start = progress["epoch"] + 1, time.monotonic()
+        seed = epoch_seed(settings.seed, k, epoch)
+        torch.manual_seed(seed)
+        lr = trainer.set_lr(epoch)
+        loader = dataset.train_loader(
+            train, settings.batch_size, settings.sampler, settings.workers, seed
+        )
+        train_loss = trainer.train_epoch(loader, f"fold {k} epoch {epoch}")
+        rate = len(loader.sampler) / (time.monotonic() - start)
+        prob = trainer.predict(valid_loader)
+        auc = util.weighted_auc(valid.target, prob, ones)
+        seconds = time.monotonic() - start
+        logit = torch.from_numpy(prob).clamp(1e-7, 1 - 1e-7).logit().unsqueeze(1)
+        valid_loss = LOSSES[settings.loss](logit, torch.from_numpy(valid.target).double()).item()
+        progress |= {"epoch": epoch, "auc": auc, "seconds": progress["seconds"] + seconds}
+        values = (k, epoch, train_loss, valid_loss, auc, lr, seconds, rate)
+        write_log(run_dir, dict(zip(LOG_COLUMNS, values, strict=True)))
+        if auc > progress["best_auc"]:
+            progress |= {"best_auc": auc, "best_epoch": epoch}
+            models.save_checkpoint(
+                run_dir / f"fold{k}_best.pt", trainer.model, trainer.spec, epoch=epoch, **extra
+            )
+        trainer.save(run_dir / f"fold{k}_last.pt", **extra)
+        tqdm.write(
+            f"fold {k} epoch {epoch:2d}: train loss {train_loss:.4f}, held-out loss "
+            f"{valid_loss:.4f}, AUC {auc:.4f}, {rate:.0f} images/s"
+        )
+
+
+def run_fold(
+    k: int,
+    settings: argparse.Namespace,
+    data: util.Data,
+    arrays: dict[str, Path],
+    run_dir: Path,
+    device: torch.device,
+) -> dict:
+    """Train fold k, predict its held-out rows and the test images; returns the run's metrics."""
+    table = data.train
+    target = util.check_target(table, data.directory / "train.csv")
+    held_out = table[FOLD].to_numpy() == k
+    train_rows = pick_rows(target, np.flatnonzero(~held_out), settings.limit)
+    valid_rows = pick_rows(target, np.flatnonzero(held_out), settings.limit)
+    encoder = MetaEncoder.fit(table.iloc[train_rows], meta_columns(settings, table))
+    if issubclass(models.MODELS[settings.model].network, models.ChipNet):
+        encoder = MetaEncoder({})  # ChipNet takes no metadata
+
+    def images(rows: np.ndarray, transform=None) -> ImageDataset:
+        meta = encoder.encode(table.iloc[rows])
+        return ImageDataset(arrays["train"], len(table), rows, meta, target[rows], transform)
+
+    train, valid = images(train_rows, dataset.train_transform(data.size)), images(valid_rows)
+    torch.manual_seed(epoch_seed(settings.seed, k, 0))  # initial weights
+    trainer = Trainer(settings, make_spec(settings, data.size, encoder.dim), device)
+    last_path = run_dir / f"fold{k}_last.pt"
+    if settings.resume and last_path.exists():
+        trainer.load(last_path)
+    fit(trainer, k, train, valid, run_dir, {"fold": k, "encoder": encoder.columns})
+
+    trainer.model = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)[0]
+    loader = partial(dataset.eval_loader, batch_size=settings.batch_size, workers=settings.workers)
+    prob = trainer.predict(loader(valid), settings.tta)
+    ids = table[ID].to_numpy()[valid_rows]
+    oof = pd.DataFrame({ID: ids, FOLD: k, TARGET: target[valid_rows], PROB: prob})
+    test = None
+    if data.test is not None:
+        rows = np.arange(len(data.test))[: settings.limit]
+        meta = encoder.encode(data.test.iloc[rows])
+        test_images = ImageDataset(arrays["test"], len(data.test), rows, meta)
+        prob = trainer.predict(loader(test_images), settings.tta)
+        test = pd.DataFrame({ID: data.test[ID].to_numpy()[rows], FOLD: k, PROB: prob})
+    progress = trainer.progress
+    facts = {
+        "fold": k,
+        "train_rows": len(train_rows),
+        "epochs": progress["epoch"],
+        "best_epoch": progress["best_epoch"],
+        "best_valid_auc": progress["best_auc"],
+        "last_valid_auc": progress["auc"],
+        "seconds": progress["seconds"],
+    }
+    return record_fold(run_dir, data, facts, oof, test)
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Train the folds asked for; returns the run directory."""
+    settings = fill_defaults(args)
+    device = models.pick_device(settings.device)
+    data = util.read_data(settings.data_dir)
+    folds = parse_folds(settings.fold, data.facts["n_folds"])
+    arrays, hashes, crop = find_arrays(settings, data)
+    meta_columns(settings, data.train)
+    spec = make_spec(settings, data.size, meta_dim=0)
+    models.build_model(spec, settings.weights)  # fails here, before anything is written
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
+    config = {
+        "args": plain,
+        "spec": spec,
+        "data": {"folds_sha256": util.folds_sha256(data.train), "arrays": hashes},
+        "crop": crop,
+        **util.provenance(),
+    }
+    run_dir, folds = open_run(settings, config, folds)
+    for k in folds:
+        run_fold(k, settings, data, arrays, run_dir, device)
+    print(util.metrics_line(settings.name, util.read_json(run_dir / "metrics.json")))
+    return run_dir
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = util.new_parser(__doc__)
+    number = util.positive_int
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", choices=sorted(models.MODELS), required=True, help="what to fit")
+    model.add_argument("--backbone", help="torchvision name, timm:NAME, regnet_tiny or vit_tiny "
+                       "[resnet50; vit_b_16 for fsg_vit]")  # fmt: skip
+    model.add_argument("--weights", default="imagenet", help="imagenet, none or a weights file")
+    model.add_argument("--hidden", type=number, help="width of the metadata branch or attention "
+                       "[256; chipnet 512]")  # fmt: skip
+    model.add_argument("--dropout", type=float, default=0.7, help="before the head, 0 to 1")
+    model.add_argument("--gate_init", choices=("identity", "paper"), default="identity",
+                       help="start of the gates of fsg_vit")  # fmt: skip
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_dir", type=Path, default=Path("data"), help="from preprocess.py")
+    data.add_argument("--crop_dir", help="train on these crops [data/crops/chipnet for cropnet]")
+    data.add_argument("--meta_cols", nargs="*", help="metadata columns [sex, age and site]")
+    data.add_argument("--limit", type=number, help="use this many images per class: a dry run")
+    fitting = parser.add_argument_group("optimisation")
+    fitting.add_argument("--fold", nargs="+", default=["all"], help="held-out folds from 0, or all")
+    fitting.add_argument("--epochs", type=number, default=20, help="at most")
+    fitting.add_argument("--patience", type=number, default=3, help="epochs without a better AUC")
+    fitting.add_argument("--batch_size", type=number, default=64, help="images per step")
+    fitting.add_argument("--loss", choices=sorted(LOSSES), default="focal", help="focal: gamma 2")
+    fitting.add_argument("--sampler", choices=("balanced", "shuffle"), default="balanced",
+                         help="balanced draws both classes equally often")  # fmt: skip
+    fitting.add_argument("--lr", type=float, help="of the backbone [1e-5; chipnet 5e-5]")
+    fitting.add_argument("--head_lr", type=float, help="of the rest [5e-5; chipnet 1e-4]")
+    fitting.add_argument("--gate_lr", type=float, default=1e-3, help="of the gates")
+    fitting.add_argument("--schedule", choices=("exponential", "cosine"), default="exponential",
+                         help="x 0.95 per epoch, or warm-up and cosine")  # fmt: skip
+    fitting.add_argument("--routing", choices=fsg.MODES, default="single",
+                         help="how gates and weights are stepped (fsg.py)")  # fmt: skip
+    fitting.add_argument("--seed", type=int, default=0, help="seed of weights and augmentation")
+    run = parser.add_argument_group("run")
+    run.add_argument("--name", help="of the run directory [the model's]")
+    run.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are kept")
+    run.add_argument("--tta", type=int, choices=(1, 2, 4, 8), default=8, help="views to average")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision")
+    run.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8),
+                     help="loader processes")  # fmt: skip
+    run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    run.add_argument("--overwrite", action="store_true", help="start the run anew, all its folds")
+    return parser
+
+
+if __name__ == "__main__":
+    util.run_script(main, get_args_parser(), models.ModelError)

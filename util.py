@@ -1,0 +1,473 @@
+"""What two stages must agree on: columns, tables, arrays, images, metrics and run directories.
+
+Every file that one script writes and another reads goes through a function here. Nothing heavy
+is imported at the top (no torch, no scikit-learn), so that `--help` and preprocessing start fast.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageOps
+
+ID, TARGET, FOLD, PROB = "image_name", "target", "fold", "prob"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+BOOTSTRAP_SAMPLES = 1000
+MIN_TPR = 0.8  # the ISIC 2024 score: area under the ROC curve above this sensitivity
+
+
+# ---------------------------------------------------------------- errors and command line
+class InputError(Exception):
+    """Bad input: its text is one line that names the file or value and says what to do."""
+
+
+class HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Help that keeps the line breaks of a script's docstring and shows real defaults."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default in (None, False)
+        return action.help if silent else super()._get_help_string(action)
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser that takes no abbreviated flags."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def run_script(main: Callable, parser: argparse.ArgumentParser, *expected: type[Exception]) -> None:
+    """Parse the command line and run `main(args)`; bad input ends in one line and exit status 2.
+
+    `expected` are further exception types that mean bad input. Anything else is a bug and keeps
+    its traceback.
+    """
+    args = parser.parse_args()
+    try:
+        main(args)
+    except (InputError, OSError, *expected) as error:
+        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: interrupted\n")
+
+
+def claim_dir(path: Path, marker: str, overwrite: bool) -> Path:
+    """Create a directory to write to; refuse one that already holds its `marker` file."""
+    if (path / marker).exists():
+        if not overwrite:
+            raise InputError(f"{path} is already finished; pass --overwrite to replace it")
+        (path / marker).unlink()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+# ---------------------------------------------------------------- files that are whole or absent
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the place of `path` only on success."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write strict, sorted JSON: paths become text, numpy numbers plain ones, NaN is refused."""
+
+    def plain(value):
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"{value!r} has no place in a JSON file")
+
+    text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False, default=plain)
+    with atomic(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; raises InputError where it is missing or broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; run the stage that writes it first") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def provenance() -> dict:
+    """Command line, package versions and commit of this run, for the json beside its results."""
+    versions = {"python": sys.version.split()[0]}
+    for name in ("torch", "torchvision", "numpy", "pandas", "scikit-learn", "albumentations"):
+        versions[name] = metadata.version(name)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # a copy without its git history
+    return {"argv": sys.argv, "versions": versions, "commit": commit}
+
+
+# ---------------------------------------------------------------- tables
+def read_table(path: Path, columns: Iterable[str] = (), id_col: str = ID) -> pd.DataFrame:
+    """Read a csv whose `id_col` is text, present and unique, and which has all `columns`.
+
+    Raises InputError naming the file and the column or row at fault.
+    """
+    try:
+        table = pd.read_csv(path, dtype={id_col: str}, encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save it as CSV UTF-8") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(f"{path} is not a readable csv ({error})") from None
+    for column in (id_col, *columns):
+        if column not in table:
+            raise InputError(f"{path} has no column {column!r}; it has {', '.join(table)}")
+    if table.empty:
+        raise InputError(f"{path} has no rows")
+    if table[id_col].isna().any():
+        row = int(np.flatnonzero(table[id_col].isna())[0]) + 2
+        raise InputError(f"{path} line {row}: {id_col} is empty")
+    if table[id_col].duplicated().any():
+        name = table.loc[table[id_col].duplicated(), id_col].iloc[0]
+        raise InputError(f"{path} names {id_col} {name!r} more than once")
+    return table
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a csv without an index; floats keep every digit."""
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def check_target(table: pd.DataFrame, path: Path) -> np.ndarray:
+    """Targets as int (N,); raises InputError unless all are 0 or 1 and both occur."""
+    bad = ~table[TARGET].isin([0, 1])
+    if bad.any():
+        row = table[bad].iloc[0]
+        raise InputError(f"{path}: target of {row[ID]} is {row[TARGET]!r}; it must be 0 or 1")
+    target = table[TARGET].to_numpy(dtype=int)
+    if len(np.unique(target)) < 2:
+        raise InputError(f"{path}: every target is {target[0]}; both classes are needed")
+    return target
+
+
+def folds_sha256(table: pd.DataFrame) -> str:
+    """Hash of who is in which fold with which target: what two stages must share."""
+    return hashlib.sha256(
+        table[[ID, TARGET, FOLD]].to_csv(index=False).encode()
+    ).hexdigest()
+
+
+@dataclass
+class Data:
+    """What preprocess.py wrote: tables (row i is row i of the arrays) and facts about them."""
+
+    directory: Path
+    train: pd.DataFrame
+    test: pd.DataFrame | None
+    submission_ids: list[str] | None  # the order of sample_submission.csv
+    facts: dict  # preprocess.json
+
+    @property
+    def size(self) -> int:
+        """Side of the stored images, in pixels."""
+        return self.facts["size"]
+
+    @property
+    def group(self) -> pd.Series:
+        """Group label of every train image, by image_name."""
+        return pd.Series(groups_of(self.train, self.facts["group_col"]), index=self.train[ID])
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables that exist, by split."""
+        both = {"train": self.train, "test": self.test}
+        return {split: table for split, table in both.items() if table is not None}
+
+
+def read_data(data_dir: Path) -> Data:
+    """Read a directory that preprocess.py finished.
+
+    Raises InputError where a table is missing or was changed since.
+    """
+    facts = read_json(data_dir / "preprocess.json")
+    columns = {"train.csv": (TARGET, FOLD), "test.csv": (), "sample_submission.csv": ()}
+    tables = dict.fromkeys(columns)
+    for name in columns:
+        if name in facts["sha256"]:
+            tables[name] = read_table(data_dir / name, columns[name])
+            if sha256(data_dir / name) != facts["sha256"][name]:
+                raise InputError(
+                    f"{data_dir / name} was changed after preprocessing; run preprocess.py again"
+                )
+    sample = tables["sample_submission.csv"]
+    submission_ids = None if sample is None else sample[ID].tolist()
+    return Data(data_dir, tables["train.csv"], tables["test.csv"], submission_ids, facts)
+
+
+def groups_of(table: pd.DataFrame, group_col: str | None) -> np.ndarray:
+    """Group label of every row (N,); a row without one is a group of its own."""
+    own = table[ID].map("row:{}".format)
+    if group_col is None:
+        return own.to_numpy()
+    return table[group_col].map("group:{}".format).where(table[group_col].notna(), own).to_numpy()
+
+
+# ---------------------------------------------------------------- arrays
+def array_path(directory: Path, split: str, size: int) -> Path:
+    """Where the images of a split lie: (N, size, size, 3) uint8."""
+    return directory / f"{split}_{size}.npy"
+
+
+@contextmanager
+def new_array(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Yield a writable uint8 memory map that becomes `path` when the block ends well."""
+    with atomic(path) as temporary:
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        with open(temporary, "r+b") as file:
+            # a full disk must raise here: writing to an unbacked page would kill the process
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+        yield array
+        array.flush()
+
+
+def open_array(path: Path, rows: int) -> np.ndarray:
+    """Memory-map a uint8 (rows, S, S, 3) array; raises InputError if it is anything else."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; run the stage that writes it first") from None
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path} is not a readable array ({error}); write it again") from None
+    good = array.ndim == 4 and array.shape[1] == array.shape[2] and array.shape[3] == 3
+    if array.dtype != np.uint8 or not good:
+        raise InputError(
+            f"{path} holds {array.dtype} {array.shape}; uint8 (N, size, size, 3) is expected"
+        )
+    if len(array) != rows:
+        raise InputError(f"{path} has {len(array)} images but its table has {rows} rows")
+    return array
+
+
+# ---------------------------------------------------------------- images
+def index_images(image_dir: Path) -> dict[str, Path]:
+    """Images of a folder by file name and by name without suffix (jpg, jpeg, png, any case)."""
+    if not image_dir.is_dir():
+        raise InputError(f"{image_dir} is not a folder; pass the images' folder with --image_dir")
+    index: dict[str, Path] = {}
+    for path in sorted(image_dir.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            if path.stem in index:
+                raise InputError(f"{index[path.stem]} and {path.name} share a name; remove one")
+            index[path.stem] = index[path.name] = path
+    return index
+
+
+def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Read an image upright and as 8-bit RGB; returns it with the original's (width, height).
+
+    With `min_side` a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its short
+    side keeps that many pixels. EXIF orientation is applied; grey, palette, CMYK and 1-bit files
+    are converted; an alpha channel is dropped; 16-bit grey is scaled to 8 bit (65535 -> 255).
+    Raises InputError naming the file where it is missing, broken or of another kind.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            turned = image.getexif().get(0x0112, 1) >= 5  # the orientations that swap the sides
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except Exception as error:  # Pillow's plugins raise many types on broken files
+        raise InputError(f"{path} is not a readable image ({error})") from None
+    if upright.mode.startswith("I"):
+        grey = np.asarray(upright).astype(np.float64) / 257
+        upright = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
+    elif upright.mode == "F":
+        raise InputError(f"{path} holds floating-point pixels; convert it to 8 or 16 bit")
+    return upright.convert("RGB"), (height, width) if turned else (width, height)
+
+
+def resize_box(image: Image.Image, box: tuple[float, float, float, float], size: int) -> np.ndarray:
+    """Cut a box (x0, y0, x1, y1 in pixels of `image`) and resize it: uint8 (size, size, 3).
+
+    Antialiased bilinear (the filter the original used for its arrays).
+    """
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
+
+
+# ---------------------------------------------------------------- metrics
+def weighted_auc(target: np.ndarray, prob: np.ndarray, weight: np.ndarray) -> float:
+    """Area under the ROC curve of weighted rows, ties counted half; NaN with one class only."""
+    level = np.unique(prob, return_inverse=True)[1]
+    positive = np.bincount(level, weight * target)
+    negative = np.bincount(level, weight * (1 - target))
+    pairs = positive.sum() * negative.sum()
+    won = positive @ (np.cumsum(negative) - negative / 2)
+    return float(won / pairs) if pairs > 0 else float("nan")
+
+
+def auc_interval(target: np.ndarray, prob: np.ndarray, group: np.ndarray) -> list[float]:
+    """95 % bootstrap interval of the AUC; whole groups are drawn, since their rows are alike."""
+    rng = np.random.default_rng(0)
+    code = np.unique(group, return_inverse=True)[1]
+    n_groups = code.max() + 1
+    draws = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=BOOTSTRAP_SAMPLES)
+    scores = [weighted_auc(target, prob, counts[code]) for counts in draws]
+    return [float(bound) for bound in np.nanquantile(scores, [0.025, 0.975])]
+
+
+def partial_auc(target: np.ndarray, prob: np.ndarray, min_tpr: float = MIN_TPR) -> float:
+    """Area under the ROC curve above `min_tpr` sensitivity, 0 to 1 - min_tpr.
+
+    The score of ISIC 2024: with classes and scores flipped, sensitivity becomes specificity.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    f = 1 - min_tpr
+    standardised = roc_auc_score(1 - target, -prob, max_fpr=f)
+    return float(f**2 / 2 + (f - f**2 / 2) / 0.5 * (standardised - 0.5))
+
+
+def score(target: np.ndarray, prob: np.ndarray, group: np.ndarray) -> dict:
+    """AUC with its 95 % interval, average precision and partial AUC; None where undefined."""
+    from sklearn.metrics import average_precision_score
+
+    result = {"rows": len(target), "positives": int(target.sum())}
+    if 0 < target.sum() < len(target):
+        return result | {
+            "auc": weighted_auc(target, prob, np.ones(len(target))),
+            "auc_interval": auc_interval(target, prob, group),
+            "average_precision": float(average_precision_score(target, prob)),
+            "partial_auc": partial_auc(target, prob),
+        }
+    keys = ("auc", "auc_interval", "average_precision", "partial_auc")
+    return result | dict.fromkeys(keys)
+
+
+def rank_in_fold(prob: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Rank of every row inside its fold, in (0, 1]: fold models are calibrated differently."""
+    return pd.Series(prob).groupby(fold).rank(pct=True).to_numpy()
+
+
+# ---------------------------------------------------------------- run directories
+def read_predictions(run_dir: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
+    """A prediction table of a run (ids may repeat over folds); prob must be finite."""
+    path = run_dir / name
+    if not path.exists():
+        raise InputError(f"{path} is missing; {run_dir} is not a finished run")
+    table = pd.read_csv(path, dtype={ID: str})
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise InputError(f"{path} has no column {missing[0]!r}")
+    if not np.isfinite(table[PROB]).all():
+        raise InputError(f"{path}: prob of {table[ID][~np.isfinite(table[PROB])].iloc[0]} is bad")
+    return table
+
+
+def write_run(
+    run_dir: Path,
+    oof: pd.DataFrame,
+    test: pd.DataFrame | None,
+    data: Data,
+    folds: list[dict],
+) -> dict:
+    """Write what every run, blends included, leaves behind; returns the metrics.
+
+    oof: image_name, fold, target, prob. test: image_name, fold, prob, or None. folds: one dict
+    of facts per fold (at least its number), to which the scores are added.
+    """
+    group = data.group[oof[ID]].to_numpy()
+    target, prob = oof[TARGET].to_numpy(), oof[PROB].to_numpy()
+    for fold in folds:
+        rows = (oof[FOLD] == fold["fold"]).to_numpy()
+        fold |= score(target[rows], prob[rows], group[rows])
+    metrics = {
+        "folds": folds,
+        "pooled": score(target, prob, group),
+        "ranked": score(target, rank_in_fold(prob, oof[FOLD].to_numpy()), group),
+    }
+    write_table(run_dir / "oof.csv", oof)
+    if test is not None:
+        write_table(run_dir / "test_predictions.csv", test)
+        mean = test.groupby(ID)[PROB].mean()
+        ids = data.submission_ids or data.test[ID].tolist()
+        submission = pd.DataFrame({ID: ids, TARGET: mean[ids].to_numpy()})
+        write_table(run_dir / "submission.csv", submission)
+    plot_roc(run_dir / "roc.png", oof)
+    write_json(run_dir / "metrics.json", metrics)
+    return metrics
+
+
+def metrics_line(name: str, metrics: dict) -> str:
+    """One line of a result table: fold AUCs, out-of-fold AUC (ranked inside folds), interval."""
+    folds = " ".join(f"{fold['auc']:.3f}" for fold in metrics["folds"])
+    low, high = metrics["ranked"]["auc_interval"]
+    return f"{name:<12} folds {folds}   oof {metrics['ranked']['auc']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+# ---------------------------------------------------------------- pictures
+def new_figure(**options):
+    """A matplotlib figure that needs no screen."""
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained", **options)
+
+
+def save_figure(path: Path, figure) -> None:
+    """Save a figure as PNG."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def plot_roc(path: Path, oof: pd.DataFrame) -> None:
+    """ROC curve of every fold."""
+    from sklearn.metrics import roc_curve
+
+    figure = new_figure(figsize=(5, 5))
+    axes = figure.subplots()
+    for fold, rows in oof.groupby(FOLD):
+        fpr, tpr, _ = roc_curve(rows[TARGET], rows[PROB])
+        auc = weighted_auc(rows[TARGET].to_numpy(), rows[PROB].to_numpy(), np.ones(len(rows)))
+        axes.plot(fpr, tpr, label=f"fold {fold}: AUC {auc:.3f}")
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="Held-out folds")
+    axes.legend(loc="lower right")
+    save_figure(path, figure)
