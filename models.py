@@ -267,13 +267,13 @@ class Recipe:
     head_lr: float  # of everything else
     hidden: int  # width of the metadata branch or of the attention
     gated: bool = False
-    crop_dir: str | None = None
+    cropped: bool = False  # looks at the crops of crop.py
 
 
 MODELS = {
     "resnet": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256),
     "chipnet": Recipe(ChipNet, "resnet50", 5e-5, 1e-4, 512),
-    "cropnet": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256, crop_dir="data/crops/chipnet"),
+    "cropnet": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256, cropped=True),
     "fsg_vit": Recipe(MetaResNet, "vit_b_16", 1e-5, 5e-5, 256, gated=True),
 }
 

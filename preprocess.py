@@ -48,22 +48,6 @@ def locate(table: pd.DataFrame, index: dict[str, Path], image_dir: Path, skip: b
     return paths
 
 
-def centre_square(width: int, height: int) -> tuple[float, float, float, float]:
-    """Largest centred square of an image as (x0, y0, x1, y1)."""
-    side = min(width, height)
-    x0, y0 = (width - side) / 2, (height - side) / 2
-    return x0, y0, x0 + side, y0 + side
-
-
-def read_square(path: Path, size: int, exact: bool) -> tuple[np.ndarray, tuple[int, int]]:
-    """Centre square as uint8 (size, size, 3), and the original's (width, height).
-
-    Unless `exact`, JPEGs are decoded at a reduced scale that keeps twice the pixels needed.
-    """
-    image, original_size = util.read_image(path, None if exact else 2 * size)
-    return util.resize_box(image, centre_square(*image.size), size), original_size
-
-
 def write_images(
     table: pd.DataFrame, paths: list, array_path: Path, args: argparse.Namespace
 ) -> pd.DataFrame:
@@ -76,7 +60,7 @@ def write_images(
 
     def work(row: int) -> None:
         try:
-            array[row], sizes[row] = read_square(paths[row], args.size, args.exact)
+            array[row], sizes[row] = util.read_square(paths[row], args.size, args.exact)
         except InputError as error:
             if args.on_error == "fail":
                 raise InputError(f"{error}; repair it or pass --on_error skip") from None

@@ -71,9 +71,11 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     """A copy of the arguments in which what depends on the model is filled in."""
     recipe = models.MODELS[args.model]
     settings = argparse.Namespace(**vars(args))
-    for key in ("backbone", "lr", "head_lr", "hidden", "crop_dir"):
+    for key in ("backbone", "lr", "head_lr", "hidden"):
         if getattr(settings, key) is None:
             setattr(settings, key, getattr(recipe, key))
+    if recipe.cropped and args.crop_dir is None:
+        settings.crop_dir = args.data_dir / "crops" / "chipnet"
     settings.name = args.name or args.model
     if not recipe.gated:
         settings.gate_init, settings.gate_lr, settings.routing = None, None, "off"
@@ -94,7 +96,7 @@ def find_arrays(settings: argparse.Namespace, data: util.Data) -> tuple[dict, di
     """Paths of the arrays by split, their recorded hashes, and crop.json where crops are used."""
     directory, hashes, crop = data.directory, data.facts["sha256"], None
     if settings.crop_dir is not None:
-        directory = Path(settings.crop_dir)
+        directory = settings.crop_dir
         crop = util.read_json(directory / "crop.json")
         hashes = crop["sha256"]
         if crop["folds_sha256"] != util.folds_sha256(data.train):
@@ -434,7 +436,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="start of the gates of fsg_vit")  # fmt: skip
     data = parser.add_argument_group("data")
     data.add_argument("--data_dir", type=Path, default=Path("data"), help="from preprocess.py")
-    data.add_argument("--crop_dir", help="train on these crops [data/crops/chipnet for cropnet]")
+    data.add_argument("--crop_dir", type=Path, help="train on these crops of crop.py "
+                      "[crops/chipnet in --data_dir for cropnet]")  # fmt: skip
     data.add_argument("--meta_cols", nargs="*", help="metadata columns [sex, age and site]")
     data.add_argument("--limit", type=number, help="use this many images per class: a dry run")
     fitting = parser.add_argument_group("optimisation")

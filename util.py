@@ -333,6 +333,39 @@ def resize_box(image: Image.Image, box: tuple[float, float, float, float], size:
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
+def centre_square(width: int, height: int) -> tuple[float, float, float, float]:
+    """Largest centred square of an image as (x0, y0, x1, y1)."""
+    side = min(width, height)
+    x0, y0 = (width - side) / 2, (height - side) / 2
+    return x0, y0, x0 + side, y0 + side
+
+
+def read_square(path: Path, size: int, exact: bool = False) -> tuple[np.ndarray, tuple[int, int]]:
+    """Centre square of a file as uint8 (size, size, 3), and the original's (width, height).
+
+    Unless `exact`, JPEGs are decoded at a reduced scale that keeps twice the pixels needed.
+    """
+    image, original_size = read_image(path, None if exact else 2 * size)
+    return resize_box(image, centre_square(*image.size), size), original_size
+
+
+def read_crop(path: Path, box, original_size: tuple[int, int], size: int) -> np.ndarray:
+    """A square box (localize.Box) of a file as uint8 (size, size, 3).
+
+    JPEGs are decoded at a scale that keeps twice the pixels needed. Raises InputError where the
+    file is not of the (width, height) for which the box was found.
+    """
+    image, found_size = read_image(path, int(2 * size * min(original_size) / box.side))
+    if found_size != tuple(original_size):
+        raise InputError(
+            f"{path} is {found_size[0]} x {found_size[1]} px but was {original_size[0]} x "
+            f"{original_size[1]} when its box was found; preprocess and crop again"
+        )
+    edges = np.array(box.scaled(image.width / found_size[0]))
+    inside = np.clip(edges, 0, [image.width, image.height] * 2)  # a reduced scale rounds
+    return resize_box(image, tuple(inside), size)
+
+
 # ---------------------------------------------------------------- metrics
 def weighted_auc(target: np.ndarray, prob: np.ndarray, weight: np.ndarray) -> float:
     """Area under the ROC curve of weighted rows, ties counted half; NaN with one class only."""
@@ -344,13 +377,18 @@ def weighted_auc(target: np.ndarray, prob: np.ndarray, weight: np.ndarray) -> fl
     return float(won / pairs) if pairs > 0 else float("nan")
 
 
-def auc_interval(target: np.ndarray, prob: np.ndarray, group: np.ndarray) -> list[float]:
-    """95 % bootstrap interval of the AUC; whole groups are drawn, since their rows are alike."""
+def bootstrap_weights(group: np.ndarray) -> Iterator[np.ndarray]:
+    """Row weights (N,) of bootstrap samples that draw whole groups: their rows are alike."""
     rng = np.random.default_rng(0)
     code = np.unique(group, return_inverse=True)[1]
     n_groups = code.max() + 1
-    draws = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=BOOTSTRAP_SAMPLES)
-    scores = [weighted_auc(target, prob, counts[code]) for counts in draws]
+    for _ in range(BOOTSTRAP_SAMPLES):
+        yield rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups))[code]
+
+
+def auc_interval(target: np.ndarray, prob: np.ndarray, group: np.ndarray) -> list[float]:
+    """95 % bootstrap interval of the AUC over groups."""
+    scores = [weighted_auc(target, prob, weight) for weight in bootstrap_weights(group)]
     return [float(bound) for bound in np.nanquantile(scores, [0.025, 0.975])]
 
 
@@ -387,6 +425,17 @@ def rank_in_fold(prob: np.ndarray, fold: np.ndarray) -> np.ndarray:
     return pd.Series(prob).groupby(fold).rank(pct=True).to_numpy()
 
 
+def combine(mode: str, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Blend values (N, K) of K runs with weights (K,) summing to 1: (N,).
+
+    Values are probabilities, except that modes "rank" and "weights" take ranks in (0, 1].
+    """
+    if mode != "logit":
+        return values @ weights
+    safe = np.clip(values, 1e-7, 1 - 1e-7)
+    return 1 / (1 + np.exp(-(np.log(safe / (1 - safe)) @ weights)))
+
+
 # ---------------------------------------------------------------- run directories
 def read_predictions(run_dir: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
     """A prediction table of a run (ids may repeat over folds); prob must be finite."""
@@ -408,11 +457,12 @@ def write_run(
     test: pd.DataFrame | None,
     data: Data,
     folds: list[dict],
+    **extra,
 ) -> dict:
     """Write what every run, blends included, leaves behind; returns the metrics.
 
     oof: image_name, fold, target, prob. test: image_name, fold, prob, or None. folds: one dict
-    of facts per fold (at least its number), to which the scores are added.
+    of facts per fold (at least its number), to which the scores are added. extra: further metrics.
     """
     group = data.group[oof[ID]].to_numpy()
     target, prob = oof[TARGET].to_numpy(), oof[PROB].to_numpy()
@@ -423,6 +473,7 @@ def write_run(
         "folds": folds,
         "pooled": score(target, prob, group),
         "ranked": score(target, rank_in_fold(prob, oof[FOLD].to_numpy()), group),
+        **extra,
     }
     write_table(run_dir / "oof.csv", oof)
     if test is not None:

@@ -1,0 +1,282 @@
+"""Classify new images with a run or a blend, and show where it looked.
+
+Reads   --run (train.py or ensemble.py) and the image files or folders named (never written)
+Writes  --output/: predictions.csv (probability, one column per member of a blend, box) and
+        NAME.png per image: box, attention, crop
+
+    python predict.py --run runs/ensemble path/to/images
+    python predict.py --run runs/chipnet one.jpg two.png --csv metadata.csv
+
+Images take the way the training images took: centre square, for cropnet the attention and box
+rule its crops were made with, and the metadata encoder of each network.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import localize
+import models
+import util
+from dataset import MetaEncoder
+from localize import Box
+from util import FOLD, ID, PROB, InputError
+
+CHUNK = 64  # images in memory at a time
+BATCH = 32
+THUMBNAIL = 448  # longest side, in pixels, of the picture an image is drawn from
+WHOLE_IMAGE_RULE = {"rule": "component", "num_devs": 1.5, "views": 8}  # where no crops were made
+
+
+@dataclass
+class Look:
+    """Where a ChipNet looked: attention (N, h, w), boxes and crops (N, S, S, 3)."""
+
+    maps: np.ndarray
+    boxes: list[Box]
+    crops: np.ndarray
+
+
+@dataclass
+class Images:
+    """Images on their way through the networks."""
+
+    table: pd.DataFrame  # image_name, and metadata where given
+    paths: list[Path]
+    squares: np.ndarray  # uint8 (N, S, S, 3)
+    sizes: list[tuple[int, int]]  # of the originals, (width, height)
+    looks: dict[str, Look] = field(default_factory=dict)  # shared by the members of a blend
+
+
+class Run:
+    """A trained run: its networks by fold and the way their images are made."""
+
+    def __init__(self, run_dir: Path, config: dict, device: torch.device, tta: int | None):
+        self.name, self.device = run_dir.name, device
+        self.tta = tta or config["args"]["tta"]
+        self.networks, self.encoders = {}, {}
+        for fold in util.read_json(run_dir / "metrics.json")["folds"]:
+            k = fold["fold"]
+            network, content = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)
+            self.networks[k], self.encoders[k] = network, MetaEncoder(content["encoder"])
+            self.size = content["spec"]["image_size"]
+        self.sees_crops = config["crop"] is not None
+        self.crop, self.chipnet = config["crop"] or WHOLE_IMAGE_RULE, None
+        if self.sees_crops:
+            chipnet_dir = Path(config["crop"]["run"])
+            self.chipnet = Run(chipnet_dir, util.read_json(chipnet_dir / "config.json"), device, 1)
+        elif hasattr(network, "attention"):
+            self.chipnet = self
+
+    def look(self, images: Images) -> Look | None:
+        """Where this run's ChipNet looks; None for a run that has none."""
+        if self.chipnet is None:
+            return None
+        key = f"{self.chipnet.name} {self.crop['rule']} {self.crop['num_devs']}"
+        if key not in images.looks:
+            networks = list(self.chipnet.networks.values())
+            maps = localize.attention_maps(
+                networks, images.squares, self.device, self.crop["views"], BATCH
+            )
+            boxes = [
+                localize.find_box(attention, size, self.crop["rule"], self.crop["num_devs"])
+                for attention, size in zip(maps, images.sizes, strict=True)
+            ]
+            crops = [
+                util.read_crop(path, box, size, self.size)
+                for path, box, size in zip(images.paths, boxes, images.sizes, strict=True)
+            ]
+            images.looks[key] = Look(maps, boxes, np.stack(crops))
+        return images.looks[key]
+
+    def predict(self, images: Images, columns: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+        """Probability (N,) by fold; the mean goes into `columns` under the run's name."""
+        array = self.look(images).crops if self.sees_crops else images.squares
+        probs = {}
+        for k, network in self.networks.items():
+            meta = self.encoders[k].encode(images.table)
+            batches = [
+                (torch.from_numpy(array[i : i + BATCH]).permute(0, 3, 1, 2),
+                 torch.from_numpy(meta[i : i + BATCH]), None)
+                for i in range(0, len(array), BATCH)
+            ]  # fmt: skip
+            probs[k] = models.predict(network, batches, self.device, self.tta)
+        columns[self.name] = np.mean(list(probs.values()), axis=0)
+        return probs
+
+
+class Blend:
+    """A blend of runs or of further blends."""
+
+    def __init__(self, run_dir: Path, config: dict, device: torch.device, tta: int | None):
+        self.name, self.mode = run_dir.name, config["args"]["mode"]
+        used = [member for member in config["members"] if member["weight"] > 0]
+        self.weights = np.array([member["weight"] for member in used])
+        self.members = [open_run(Path(member["run"]), device, tta) for member in used]
+        sizes = {member.size for member in self.members}
+        if len(sizes) > 1:
+            raise InputError(f"{run_dir} blends networks for images of {sorted(sizes)} px")
+        self.size = sizes.pop()
+        # a new image is ranked among the held-out images its network was scored on
+        self.history = {}
+        for member, path in zip(self.members, used, strict=True):
+            oof = util.read_predictions(Path(path["run"]), "oof.csv", [ID, FOLD, PROB])
+            for k, rows in oof.groupby(FOLD):
+                self.history[member.name, int(k)] = np.sort(rows[PROB].to_numpy())
+
+    def look(self, images: Images) -> Look | None:
+        """Where the first member that crops, or else the first ChipNet, looks."""
+        for member in sorted(self.members, key=lambda m: not getattr(m, "sees_crops", False)):
+            if member.look(images) is not None:
+                return member.look(images)
+        return None
+
+    def predict(self, images: Images, columns: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+        """Blended score (N,) by fold; each member's mean goes into `columns`."""
+        parts = [member.predict(images, columns) for member in self.members]
+        blended = {}
+        for k in parts[0]:
+            values = np.column_stack([part[k] for part in parts])
+            if self.mode in ("rank", "weights"):
+                for column, member in enumerate(self.members):
+                    history = self.history[member.name, k]
+                    below = np.searchsorted(history, values[:, column], side="right")
+                    values[:, column] = below / len(history)
+            blended[k] = util.combine(self.mode, values, self.weights)
+        columns[self.name] = np.mean(list(blended.values()), axis=0)
+        return blended
+
+
+def open_run(run_dir: Path, device: torch.device, tta: int | None) -> Run | Blend:
+    """Open a run directory of train.py or ensemble.py."""
+    config = util.read_json(run_dir / "config.json")
+    if not (run_dir / "metrics.json").exists():
+        raise InputError(f"{run_dir} is not finished; train it or go on with --resume")
+    return (Blend if "members" in config else Run)(run_dir, config, device, tta)
+
+
+def list_images(inputs: list[Path]) -> dict[str, Path]:
+    """Images named or lying in the folders named, by file name without suffix."""
+    found: dict[str, Path] = {}
+    for path in inputs:
+        if path.is_dir():
+            new = sorted(set(util.index_images(path).values()))
+            if not new:
+                raise InputError(f"{path} holds no jpg, jpeg or png")
+        else:
+            new = [path]
+        for image in new:
+            if image.stem in found and found[image.stem] != image:
+                raise InputError(f"{found[image.stem]} and {image} share a name; predict apart")
+            found[image.stem] = image
+    return found
+
+
+def read_chunks(
+    paths: dict[str, Path], meta: pd.DataFrame | None, size: int, on_error: str
+) -> Iterator[Images]:
+    """Read the images in chunks; a bad one is an error or, with "skip", left out."""
+
+    def read(path: Path):
+        try:
+            return util.read_square(path, size)
+        except InputError as error:
+            if on_error == "fail":
+                raise InputError(f"{error}; repair it or pass --on_error skip") from None
+            tqdm.write(f"skipped {error}")
+            return None
+
+    names = list(paths)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(names), CHUNK):
+            chunk = names[start : start + CHUNK]
+            squares = dict(zip(chunk, pool.map(read, [paths[n] for n in chunk]), strict=True))
+            good = [name for name in chunk if squares[name] is not None]
+            if not good:
+                continue
+            table = pd.DataFrame({ID: good})
+            if meta is not None:
+                table = table.merge(meta, on=ID, how="left", validate="one_to_one")
+            array = np.stack([squares[name][0] for name in good])
+            sizes = [squares[name][1] for name in good]
+            yield Images(table, [paths[name] for name in good], array, sizes)
+
+
+def draw(path: Path, images: Images, row: int, look: Look | None, prob: float) -> None:
+    """Save the picture of one image."""
+    image = util.read_image(images.paths[row], THUMBNAIL)[0]
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+    figure = util.new_figure(figsize=(9, 3.2))
+    axes = figure.subplots(1, 3)
+    parts = (None, None, None)
+    if look is not None:
+        parts = look.boxes[row], look.maps[row], look.crops[row]
+        axes[1].set_title(look.boxes[row].reason or "attention", fontsize=9)
+        axes[2].set_title("crop", fontsize=9)
+    localize.draw_row(axes, np.asarray(image), images.sizes[row], *parts)
+    axes[0].set_title(f"{images.table[ID].iloc[row]}: {prob:.3f}", fontsize=9)
+    util.save_figure(path, figure)
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Predict the images; returns the directory of the results."""
+    run = open_run(args.run, models.pick_device(args.device), args.tta)
+    paths = list_images(args.images)
+    paths = dict(list(paths.items())[: args.limit])
+    meta = None if args.csv is None else util.read_table(args.csv, (), args.image_col)
+    if meta is not None:
+        meta = meta.rename(columns={args.image_col: ID})
+    output = util.claim_dir(args.output, "predictions.csv", args.overwrite)
+    tables = []
+    with tqdm(total=len(paths), unit="image") as bar:
+        for images in read_chunks(paths, meta, run.size, args.on_error):
+            columns: dict[str, np.ndarray] = {}
+            run.predict(images, columns)
+            rows = pd.DataFrame({ID: images.table[ID], PROB: columns.pop(run.name), **columns})
+            look = run.look(images)
+            if look is not None:
+                for edge in ("x0", "y0", "x1", "y1", "confidence"):
+                    rows[edge] = [getattr(box, edge) for box in look.boxes]
+                rows["fallback"] = [box.reason for box in look.boxes]
+            if args.pictures:
+                for row, prob in enumerate(rows[PROB]):
+                    draw(output / f"{rows[ID].iloc[row]}.png", images, row, look, prob)
+            tables.append(rows)
+            bar.update(len(rows))
+    if not tables:
+        raise InputError("none of the images could be read")
+    table = pd.concat(tables)
+    util.write_table(output / "predictions.csv", table)
+    print(f"{len(table)} images, mean {table[PROB].mean():.3f}; wrote {output}")
+    return output
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = util.new_parser(__doc__)
+    parser.add_argument("images", nargs="+", type=Path, help="image files or folders")
+    parser.add_argument("--run", type=Path, required=True, help="finished run or blend")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="where to write")
+    parser.add_argument("--csv", type=Path, help="metadata of the images [all missing]")
+    parser.add_argument("--image_col", default=ID, help="column of image names in --csv")
+    parser.add_argument("--tta", type=int, choices=(1, 2, 4, 8), help="views [as trained]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--on_error", choices=("fail", "skip"), default="fail", help="bad images")
+    parser.add_argument("--limit", type=util.positive_int, help="predict the first images")
+    parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True,
+                        help="draw a picture per image")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished --output")
+    return parser
+
+
+if __name__ == "__main__":
+    util.run_script(main, get_args_parser(), models.ModelError)
