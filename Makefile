@@ -1,0 +1,46 @@
+# make demo: environment and the whole pipeline on the example data; make test: lint and all tests
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python
+# small networks from scratch: the ImageNet recipe that train.py defaults to would not fit here
+SMALL := --weights none --fold all --backbone regnet_tiny --hidden 64 --dropout 0 --loss bce \
+         --lr 1e-3 --head_lr 1e-3 --schedule cosine --patience 20 --batch_size 8 --workers 0
+DEMO := --runs_dir demo/runs --data_dir demo/data
+
+.PHONY: demo test lint example_weights clean
+
+demo: .venv/installed
+	rm -rf demo
+	$(RUN) preprocess.py --output_dir demo/data
+	$(RUN) train.py --model resnet $(DEMO) $(SMALL) --epochs 20
+	$(RUN) train.py --model chipnet $(DEMO) $(SMALL) --epochs 20
+	$(RUN) crop.py --run demo/runs/chipnet --data_dir demo/data
+	$(RUN) train.py --model cropnet $(DEMO) $(SMALL) --epochs 12
+	$(RUN) train.py --model fsg_vit $(DEMO) $(SMALL) --backbone vit_tiny --epochs 20
+	$(RUN) ensemble.py weights --runs_dir demo/runs
+	$(RUN) example_data/report.py --demo_dir demo
+
+test: .venv/installed-dev lint
+	$(RUN) -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+
+# the weights in example_data/: the demo's ChipNet, trained longer
+example_weights: .venv/installed
+	$(RUN) preprocess.py --output_dir demo/data --overwrite
+	$(RUN) train.py --model chipnet --runs_dir example_data/runs --data_dir demo/data \
+	    $(SMALL) --epochs 40 --patience 40 --overwrite
+	rm -f example_data/runs/chipnet/fold*_last.pt
+
+.venv/installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --requirement requirements.txt --constraint constraints.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(RUN) -m pip install --quiet --requirement requirements-dev.txt --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv demo data runs predictions

@@ -1,0 +1,93 @@
+"""Sum up `make demo`: one table of all runs and one picture of the test images.
+
+    python example_data/report.py --demo_dir demo
+
+Prints run, AUC of each fold, out-of-fold AUC with its 95 % interval, AUC on the labelled example
+test set, and seconds of training; draws demo/overview.png (image with box, attention, crop,
+predictions).
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import localize
+import util
+from localize import Box
+from util import ID, TARGET
+
+PER_CLASS = 4
+HERE = Path(__file__).parent
+
+
+def test_auc(run_dir: Path, labels: pd.Series) -> float:
+    """AUC of a run's submission on the example test set."""
+    submission = util.read_table(run_dir / "submission.csv", [TARGET])
+    target = labels[submission[ID]].to_numpy()
+    return util.weighted_auc(target, submission[TARGET].to_numpy(), np.ones(len(target)))
+
+
+def print_table(runs: list[Path], labels: pd.Series) -> None:
+    """One line per run."""
+    print(f"\n{'run':<10} {'AUC of folds':<20} {'out-of-fold AUC':<22} {'test AUC':<9} seconds")
+    for run in runs:
+        metrics = util.read_json(run / "metrics.json")
+        folds = " ".join(f"{fold['auc']:.3f}" for fold in metrics["folds"])
+        low, high = metrics["ranked"]["auc_interval"]
+        seconds = sum(fold.get("seconds", 0) for fold in metrics["folds"])
+        print(f"{run.name:<10} {folds:<20} {metrics['ranked']['auc']:.3f} [{low:.3f}, {high:.3f}]"
+              f"   {test_auc(run, labels):<9.3f} {seconds:.0f}")  # fmt: skip
+
+
+def draw_overview(path: Path, demo_dir: Path, runs: list[Path], labels: pd.Series) -> None:
+    """Picture of some test images of both classes."""
+    data = util.read_data(demo_dir / "data")
+    crop_dir = demo_dir / "data" / "crops" / "chipnet"
+    boxes = util.read_table(crop_dir / "test_boxes.csv").set_index(ID)
+    maps = np.load(crop_dir / "test_attention.npy", allow_pickle=False)
+    crops = util.open_array(util.array_path(crop_dir, "test", data.size), len(data.test))
+    scores = {run.name: util.read_table(run / "submission.csv").set_index(ID)[TARGET]
+              for run in runs}  # fmt: skip
+    target = labels[data.test[ID]].to_numpy()
+    rows = np.concatenate([np.flatnonzero(target == label)[:PER_CLASS] for label in (1, 0)])
+    figure = util.new_figure(figsize=(11, 2.3 * len(rows)))
+    for axes, row in zip(figure.subplots(len(rows), 4, squeeze=False), rows, strict=True):
+        name, width, height = data.test[[ID, "width", "height"]].iloc[row]
+        image = np.asarray(util.read_image(HERE / "images" / f"{name}.jpg", 300)[0])
+        box = Box(*boxes.loc[name, ["x0", "y0", "x1", "y1"]].astype(float))
+        localize.draw_row(axes, image, (width, height), box, maps[row], crops[row])
+        axes[0].set_title(f"{name}: {'malignant' if target[row] else 'benign'}", fontsize=9)
+        axes[1].set_title("attention", fontsize=9)
+        axes[2].set_title(f"crop, {min(width, height) / box.side:.1f}x finer", fontsize=9)
+        values = [scores[run.name][name] for run in runs]
+        axes[3].barh([run.name for run in runs], values, color="C1")
+        axes[3].set(xlim=(0, 1))
+        axes[3].invert_yaxis()
+        axes[3].set_title("prediction", fontsize=9)
+    util.save_figure(path, figure)
+
+
+def main(args) -> Path:
+    """Print the table and draw the picture; returns the picture's path."""
+    names = ["resnet", "chipnet", "cropnet", "fsg_vit", "ensemble"]
+    runs = [args.demo_dir / "runs" / name for name in names]
+    labels = util.read_table(HERE / "test_labels.csv", [TARGET]).set_index(ID)[TARGET]
+    picture = args.demo_dir / "overview.png"
+    draw_overview(picture, args.demo_dir, runs, labels)
+    print_table(runs, labels)
+    print(f"\npicture: {picture}")
+    return picture
+
+
+def get_args_parser():
+    """Command line of this script."""
+    parser = util.new_parser(__doc__)
+    parser.add_argument("--demo_dir", type=Path, default=Path("demo"), help="written by make demo")
+    return parser
+
+
+if __name__ == "__main__":
+    util.run_script(main, get_args_parser())
