@@ -304,7 +304,7 @@ def read_torch_file(path: Path) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ModelError(f"{path} is missing") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
         raise ModelError(f"{path} is not a file of plain weights (or is cut off)") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}, not weights by name")

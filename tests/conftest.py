@@ -1,0 +1,106 @@
+"""Small data for all tests: 24 images of 12 patients, half of them preprocessed at 64 px."""
+
+import os
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SMALL_MODEL = [
+    "--weights", "none", "--backbone", "regnet_tiny", "--hidden", "8", "--dropout", "0",
+    "--lr", "1e-3", "--head_lr", "1e-3", "--epochs", "1", "--batch_size", "8", "--workers", "0",
+    "--tta", "2", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    """Keep the tests' networks from fighting over cores."""
+    torch.set_num_threads(2)
+
+
+def write_images(folder: Path, n_train: int = 24, n_test: int = 4) -> Path:
+    """Write a data set of noisy images with a dark disc, brighter inside when positive."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(n_train + n_test):
+        width, height = ((96, 72), (72, 96), (80, 80))[i % 3]
+        image = rng.normal(180, 8, (height, width, 3))
+        center = (int(rng.integers(30, width - 30)), int(rng.integers(30, height - 30)))
+        disc = np.zeros((height, width), np.uint8)
+        cv2.circle(disc, center, 12, 1, -1)
+        target = int(i % 4 < 2)
+        image[disc > 0] = (60, 90, 120) if target else (120, 60, 60)
+        name = f"{i:04d}"  # leading zeros: ids are text
+        cv2.imwrite(str(images / f"{name}.jpg"), np.clip(image, 0, 255).astype(np.uint8))
+        rows.append({
+            "image_name": name, "patient_id": f"p{i // 2}", "sex": ("male", "female", None)[i % 3],
+            "age_approx": None if i % 7 == 3 else 20 + 5 * (i % 9),
+            "anatom_site_general_challenge": ("torso", "head/neck")[i % 2], "target": target,
+        })  # fmt: skip
+    table = pd.DataFrame(rows)
+    table[:n_train].to_csv(folder / "train.csv", index=False)
+    test = table[n_train:].drop(columns="target")
+    test.to_csv(folder / "test.csv", index=False)
+    sample = test[["image_name"]].iloc[::-1].assign(target=0)  # another order than test.csv
+    sample.to_csv(folder / "sample_submission.csv", index=False)
+    return folder
+
+
+def call(script: str, *args, cwd: Path | None = None) -> Path:
+    """Run main() of a script in this process with command line words; returns what it returns."""
+    module = __import__(script)
+    parser = module.get_args_parser()
+    return module.main(parser.parse_args([str(arg) for arg in args]))
+
+
+def shell(script: str, *args, cwd: Path) -> subprocess.CompletedProcess:
+    """Run a script as a user would."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *[str(arg) for arg in args]]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Content hash of every file of a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A user's folder: images/, train.csv, test.csv, sample_submission.csv."""
+    return write_images(tmp_path_factory.mktemp("source") / "my data")
+
+
+@pytest.fixture(scope="session")
+def data_dir(source, tmp_path_factory) -> Path:
+    """The folder, preprocessed at 64 px."""
+    output = tmp_path_factory.mktemp("data") / "data"
+    return call("preprocess", "--train_csv", source / "train.csv", "--output_dir", output,
+                "--size", 64, "--n_folds", 2)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def runs_dir(data_dir, tmp_path_factory) -> Path:
+    """Trained runs: resnet, chipnet, crops of it, cropnet, a mean and a learned blend."""
+    runs = tmp_path_factory.mktemp("runs")
+    where = ["--data_dir", data_dir, "--runs_dir", runs]
+    for model in ("resnet", "chipnet"):
+        call("train", "--model", model, *where, *SMALL_MODEL)
+    call("crop", "--run", runs / "chipnet", "--data_dir", data_dir, "--device", "cpu")
+    call("train", "--model", "cropnet", *where, *SMALL_MODEL)
+    call("ensemble", "mean", "--runs_dir", runs, "--name", "mean")
+    call("ensemble", "weights", "--runs_dir", runs)
+    return runs

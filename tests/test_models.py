@@ -1,0 +1,326 @@
+"""Networks, checkpoints, gates."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision import models as tv
+
+import fsg
+import models
+from models import ModelError
+
+
+def spec(model, **changes):
+    base = {"model": model, "backbone": "regnet_tiny", "image_size": 64, "meta_dim": 5,
+            "hidden": 8, "dropout": 0.1, "gates": None}  # fmt: skip
+    if model == "fsg_vit":
+        base |= {"backbone": "vit_tiny", "gates": "identity"}
+    return base | changes
+
+
+def batch(n=3, size=64):
+    torch.manual_seed(0)
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8), torch.rand(n, 5)
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_every_model_learns_with_every_parameter(name):
+    torch.manual_seed(0)
+    model = models.build_model(spec(name))
+    image, meta = batch()
+    logit = model(image, meta)
+    assert logit.shape == (3, 1)
+    logit.square().sum().backward()
+    without = [key for key, p in model.named_parameters() if p.grad is None]
+    assert without == []
+    groups = model.param_groups(1e-4, 1e-3)
+    grouped = sum(len(group["params"]) for group in groups) + len(fsg.gate_parameters(model))
+    assert grouped == len(list(model.parameters()))
+    assert {id(p) for p in groups[0]["params"]} <= {id(p) for p in model.backbone.parameters()}
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_checkpoints_rebuild_their_model(name, tmp_path):
+    torch.manual_seed(1)
+    model = models.build_model(spec(name)).eval()
+    path = tmp_path / "a.pt"
+    models.save_checkpoint(path, model, spec(name), epoch=3)
+    torch.load(path, weights_only=True)
+    again, content = models.load_checkpoint(path)
+    image, meta = batch()
+    assert torch.equal(model(image, meta), again(image, meta))
+    assert content["epoch"] == 3
+
+
+def test_uint8_and_float_images_are_the_same():
+    model = models.build_model(spec("resnet")).eval()
+    image, meta = batch()
+    assert torch.allclose(model(image, meta), model(image.float() / 255, meta), atol=1e-6)
+
+
+def test_model_without_metadata():
+    model = models.build_model(spec("resnet", meta_dim=0))
+    assert model(batch()[0], torch.empty(3, 0)).shape == (3, 1)
+
+
+# ---------------------------------------------------------------- ChipNet
+@pytest.fixture
+def chipnet():
+    torch.manual_seed(0)
+    return models.build_model(spec("chipnet", image_size=96)).eval()
+
+
+def test_attention_is_a_distribution_over_the_grid(chipnet):
+    attention = chipnet.attention(batch(size=96)[0])
+    assert attention.shape == (3, 3, 3)
+    assert attention.min() > 0
+    assert torch.allclose(attention.sum(dim=(1, 2)), torch.ones(3))
+
+
+def test_a_chip_is_seen_by_its_own_cell_alone(chipnet):
+    image = batch(size=96)[0]
+    changed = image.clone()
+    changed[:, :, 0:32, 32:64] = 0  # row 0, column 1
+    difference = (chipnet.embed(image) - chipnet.embed(changed)).abs().amax(dim=(0, 1))
+    assert difference[0, 1] > 0
+    assert difference.count_nonzero() == 1
+
+
+def test_views_average_maps_in_the_images_frame(chipnet):
+    image = batch(size=96)[0]
+    all_views = chipnet.attention(image, views=8)
+    for view in range(8):
+        turned = chipnet.attention(models.dihedral(image, view), views=8)
+        assert torch.allclose(turned, models.dihedral(all_views, view), atol=1e-5)
+
+
+def test_chipnet_refuses_sizes_that_leave_a_rest():
+    with pytest.raises(ModelError, match="multiple of 32"):
+        models.build_model(spec("chipnet", image_size=80))
+
+
+def test_dihedral_has_eight_views_and_inverts():
+    x = torch.arange(9.0).view(1, 3, 3)
+    views = [models.dihedral(x, view) for view in range(8)]
+    assert len({tuple(v.flatten().tolist()) for v in views}) == 8
+    assert torch.equal(views[0], x)
+    for view, turned in enumerate(views):
+        assert torch.equal(models.dihedral(turned, view, inverse=True), x)
+
+
+def test_predict_averages_views():
+    model = models.build_model(spec("resnet"))
+    image, meta = batch()
+    loader = [(image, meta, None)]
+    model.eval()
+    one = models.predict(model, loader, torch.device("cpu"))
+    assert np.allclose(one, model(image, meta).sigmoid().squeeze(1).detach(), atol=1e-6)
+    flipped = models.predict(model, [(image.flip(-1), meta, None)], torch.device("cpu"))
+    both = models.predict(model, loader, torch.device("cpu"), tta=2)
+    assert np.allclose(both, (one + flipped) / 2, atol=1e-6)
+
+
+# ---------------------------------------------------------------- backbones and weights
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0"])
+def test_torchvision_backbones(name):
+    model = models.build_model(spec("chipnet", backbone=name)).eval()
+    assert model(*batch(1)).shape == (1, 1)
+
+
+def test_timm_backbones():
+    pytest.importorskip("timm")
+    model = models.build_model(spec("resnet", backbone="timm:tf_efficientnet_lite0")).eval()
+    assert model(*batch(1)).shape == (1, 1)
+    assert model.mean.flatten().tolist() == [0.5, 0.5, 0.5]  # not ImageNet's
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "words"),
+    [
+        ({"backbone": "resnet5"}, "none", "'resnet5' is not supported"),
+        ({"backbone": "hub:x"}, "none", "only the prefix 'timm:'"),
+        ({"backbone": "squeezenet1_0"}, "none", "not supported"),
+        ({"backbone": "regnet_tiny"}, "imagenet", "pass --weights none"),
+        ({"backbone": "regnet_tiny"}, "nowhere.pth", "nowhere.pth is missing"),
+        ({"model": "chipnet", "backbone": "vit_tiny"}, "none", "cannot take 32 px"),
+    ],
+)
+def test_impossible_models_say_what_to_pass(changes, weights, words):
+    with pytest.raises(ModelError, match=words):
+        models.build_model(spec("resnet") | changes, weights)
+
+
+def test_failed_download_says_what_to_pass(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    monkeypatch.setattr(tv, "get_model", offline)
+    with pytest.raises(ModelError, match=r"no route to host.*--weights none"):
+        models.build_model(spec("resnet", backbone="resnet18"), "imagenet")
+
+
+def test_weights_from_a_file(tmp_path):
+    plain = models.regnet_tiny(num_classes=7)  # another head than ours
+    torch.save(plain.state_dict(), tmp_path / "w.pth")
+    model = models.build_model(spec("resnet"), str(tmp_path / "w.pth"))
+    assert torch.equal(model.backbone.stem[0].weight, plain.stem[0].weight)
+    torch.save({"stem.0.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match="does not fit"):
+        models.build_model(spec("resnet"), str(tmp_path / "w.pth"))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+@pytest.mark.parametrize("content", ["text", "bomb", "list", "foreign", "spec", "cut"])
+def test_foreign_checkpoints_are_refused(tmp_path, content):
+    path = tmp_path / "a.pt"
+    model = models.build_model(spec("resnet"))
+    if content == "text":
+        path.write_text("hello")
+    elif content == "cut":
+        models.save_checkpoint(path, model, spec("resnet"))
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        torch.save({
+            "bomb": Bomb(), "list": [1], "foreign": {"state_dict": {}},
+            "spec": {"format": 1, "spec": spec("chipnet"), "state_dict": model.state_dict()},
+        }[content], path)  # fmt: skip
+    with pytest.raises(ModelError, match=r"a\.pt"):
+        models.load_checkpoint(path)
+
+
+# ---------------------------------------------------------------- gates
+def small_vit():
+    model = models.vit_tiny(64, 4)
+    nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero: all would be equal
+    return model
+
+
+NETWORKS = {
+    "vit": small_vit,
+    "resnet18": lambda: tv.resnet18(num_classes=4),
+    "resnet50": lambda: tv.resnet50(num_classes=4),
+    "regnet": lambda: models.regnet_tiny(4),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_identity_gates_keep_the_function_bit_for_bit(name):
+    torch.manual_seed(0)
+    plain = NETWORKS[name]().eval()
+    gated = fsg.add_gates(copy.deepcopy(plain))
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(plain(x), gated(x))
+    missing = gated.load_state_dict(plain.state_dict(), strict=False)
+    assert missing.unexpected_keys == []
+    assert missing.missing_keys
+    assert all(key.endswith(".fsg") for key in missing.missing_keys)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gates_scale_channels_and_fold_away(name):
+    torch.manual_seed(0)
+    plain = NETWORKS[name]().eval()
+    gated = fsg.add_gates(copy.deepcopy(plain)).eval()
+    for gate in fsg.gate_parameters(gated):
+        nn.init.normal_(gate)
+    clone = copy.deepcopy(gated)
+    x, y = torch.rand(2, 3, 64, 64), gated(torch.zeros(1, 3, 64, 64))
+    expected = gated(x)
+    assert not torch.allclose(expected, plain(x), atol=1e-3)
+    for gate in fsg.gate_parameters(gated):
+        gate.data.zero_()  # a copy must not use the original's gates
+    assert torch.equal(clone(x), expected)
+    folded = fsg.fold_gates(clone)
+    assert torch.allclose(folded(x), expected, atol=1e-5)
+    assert folded.state_dict().keys() == plain.state_dict().keys()
+    assert y.shape == (1, 4)
+
+
+def test_closed_gate_leaves_the_skip_path():
+    block = models.vit_tiny(64, 4).encoder.layers[0].eval()
+    fsg.add_gates(block, sites=["self_attention", "mlp"])
+    for gate in fsg.gate_parameters(block):
+        gate.data.fill_(-200)
+    x = torch.rand(2, 17, 96)
+    assert torch.equal(block(x), x)
+
+
+def test_paper_gates_start_near_one_half():
+    gates = fsg.gate_values(fsg.add_gates(models.vit_tiny(64), init="paper"))
+    values = torch.cat(list(gates.values()))
+    assert values.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert 0.01 < values.std().item() < 0.06
+
+
+def test_unknown_networks_and_double_gates_are_refused():
+    with pytest.raises(ValueError, match="pass sites"):
+        fsg.add_gates(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="gate already"):
+        fsg.add_gates(fsg.add_gates(models.vit_tiny(64)))
+    with pytest.raises(ValueError, match="matches"):
+        fsg.add_gates(models.vit_tiny(64), sites=["nothing.*"])
+
+
+def routed(mode, steps=3):
+    torch.manual_seed(0)
+    model = fsg.add_gates(tv.resnet18(num_classes=2))
+    gates = fsg.gate_parameters(model)
+    weights = [p for n, p in model.named_parameters() if not n.endswith(".fsg")]
+    optimizer, gate_optimizer = torch.optim.SGD(weights, 0.05), torch.optim.SGD(gates, 0.5)
+    x, y = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])
+
+    def loss_fn():
+        return nn.functional.cross_entropy(model(x), y)
+
+    if mode == "two passes":
+        for _ in range(steps):
+            both = []
+            for parameters in (gates, weights):
+                with fsg.frozen_statistics(model) if parameters is gates else torch.enable_grad():
+                    both.append(torch.autograd.grad(loss_fn(), parameters))
+            for parameters, grads in zip((gates, weights), both, strict=True):
+                for parameter, grad in zip(parameters, grads, strict=True):
+                    parameter.grad = grad
+            optimizer.step()
+            gate_optimizer.step()
+    else:
+        routing = fsg.GradientRouting(model, optimizer, gate_optimizer, mode)
+        for _ in range(steps):
+            routing.step(loss_fn)
+    return model
+
+
+def test_single_routing_is_two_passes_at_one_point():
+    one, two = routed("single").state_dict(), routed("two passes").state_dict()
+    for key, value in one.items():
+        if "num_batches" not in key:
+            assert torch.equal(value, two[key]), key
+
+
+def test_sequential_routing_differs_and_updates_statistics_once():
+    single, sequential = routed("single", 1), routed("sequential", 1)
+    gates = zip(fsg.gate_parameters(single), fsg.gate_parameters(sequential), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in gates)
+    assert not torch.equal(single.fc.weight, sequential.fc.weight)
+    assert torch.equal(single.bn1.running_mean, sequential.bn1.running_mean)
+    assert all(p.requires_grad for p in sequential.parameters())
+
+
+def test_upstream_routing_adds_up_the_gradients_of_both_passes():
+    upstream = routed("upstream", 1)
+    assert not torch.equal(upstream.bn1.running_mean, routed("single", 1).bn1.running_mean)
+    with pytest.raises(ValueError, match="contradict"):
+        fsg.GradientRouting(upstream, torch.optim.SGD(upstream.parameters(), 0.1), None, "single")
+
+
+def test_published_example():
+    model = fsg.vit_with_fsg(vit_backbone=models.vit_tiny(224))
+    assert model(torch.randn(1, 3, 224, 224)).shape == (1, 1000)

@@ -1,0 +1,191 @@
+"""Losses, schedules, run directories, resuming."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import SMALL_MODEL, call, shell
+from torch.nn import functional as F
+
+import models
+import train
+import util
+from util import InputError
+
+RUN_FILES = {"config.json", "log.csv", "oof.csv", "test_predictions.csv", "submission.csv",
+             "metrics.json", "curves.png", "roc.png"}  # fmt: skip
+
+
+def fit(data_dir, runs, *more, model="resnet"):
+    return call("train", "--model", model, "--data_dir", data_dir, "--runs_dir", runs,
+                *SMALL_MODEL, *more)  # fmt: skip
+
+
+def test_focal_loss():
+    logit, target = torch.tensor([[0.3], [-2.0], [1.5]]), torch.tensor([1.0, 0.0, 0.0])
+    bce = F.binary_cross_entropy_with_logits(logit.squeeze(1), target)
+    assert torch.isclose(train.LOSSES["bce"](logit, target), bce)
+    p = torch.tensor([0.3, 2.0, -1.5]).sigmoid()  # probability of the true class
+    assert torch.isclose(train.focal_loss(logit, target), (-((1 - p) ** 2) * p.log()).mean())
+
+
+def test_schedules():
+    assert [train.lr_factor("exponential", e, 5) for e in (1, 3)] == [1, pytest.approx(0.9025)]
+    cosine = [train.lr_factor("cosine", e, 5) for e in range(1, 6)]
+    assert cosine[:2] == [0.1, 1.0]
+    assert cosine[1:] == sorted(cosine[1:], reverse=True)
+    assert 0 < cosine[-1] < 0.2
+
+
+def test_a_run_leaves_what_the_contract_says(runs_dir, data_dir):
+    for name in ("resnet", "chipnet", "cropnet"):
+        run = runs_dir / name
+        folds = {f"fold{k}_{kind}.pt" for k in (0, 1) for kind in ("best", "last")}
+        assert {path.name for path in run.iterdir()} == RUN_FILES | folds
+        data, oof = util.read_data(data_dir), pd.read_csv(run / "oof.csv", dtype=str)
+        assert list(oof) == ["image_name", "fold", "target", "prob"]
+        assert oof["image_name"].tolist() == data.train["image_name"].tolist()
+        assert oof["fold"].tolist() == data.train["fold"].astype(str).tolist()
+        test = pd.read_csv(run / "test_predictions.csv", dtype={"image_name": str})
+        assert test["fold"].tolist() == [0] * 4 + [1] * 4
+        submission = pd.read_csv(run / "submission.csv", dtype={"image_name": str})
+        assert submission["image_name"].tolist() == data.submission_ids
+        mean = test.groupby("image_name")["prob"].mean()
+        assert np.allclose(submission["target"], mean[submission["image_name"]])
+        metrics = util.read_json(run / "metrics.json")
+        assert metrics["pooled"]["rows"] == 24
+        assert list(pd.read_csv(run / "log.csv")) == list(train.LOG_COLUMNS)
+
+
+def test_predictions_are_those_of_the_best_checkpoint(runs_dir, data_dir):
+    from dataset import ImageDataset, MetaEncoder, eval_loader
+
+    model, content = models.load_checkpoint(runs_dir / "resnet" / "fold1_best.pt")
+    data = util.read_data(data_dir)
+    meta = MetaEncoder(content["encoder"]).encode(data.test)
+    images = ImageDataset(util.array_path(data_dir, "test", 64), 4, range(4), meta)
+    prob = models.predict(model, eval_loader(images, 4, 0), torch.device("cpu"), tta=2)
+    test = pd.read_csv(runs_dir / "resnet" / "test_predictions.csv")
+    assert np.allclose(test["prob"][test["fold"] == 1], prob, atol=1e-6)
+
+
+def test_encoder_never_sees_the_held_out_fold(source, tmp_path):
+    table = pd.read_csv(source / "train.csv", dtype={"image_name": str})
+    data_dir = call("preprocess", "--train_csv", source / "train.csv", "--output_dir",
+                    tmp_path / "data", "--size", 64, "--n_folds", 2)  # fmt: skip
+    fold = util.read_data(data_dir).train["fold"]
+    table["sex"] = np.where(fold == 0, "only in fold 0", "elsewhere")
+    table.to_csv(tmp_path / "train.csv", index=False)
+    data_dir = call("preprocess", "--train_csv", tmp_path / "train.csv", "--image_dir",
+                    source / "images", "--output_dir", tmp_path / "data", "--size", 64,
+                    "--n_folds", 2, "--overwrite")  # fmt: skip
+    run = fit(data_dir, tmp_path / "runs", "--fold", 0)
+    encoder = models.load_checkpoint(run / "fold0_best.pt")[1]["encoder"]
+    assert encoder["sex"]["values"] == ["elsewhere"]
+
+
+def test_folds_gather_in_one_run_whatever_the_order(data_dir, tmp_path, runs_dir):
+    fit(data_dir, tmp_path, "--fold", 1)
+    run = fit(data_dir, tmp_path, "--fold", 0)
+    for name in ("oof.csv", "test_predictions.csv", "submission.csv"):
+        assert (run / name).read_bytes() == (runs_dir / "resnet" / name).read_bytes()
+    with pytest.raises(InputError, match="fold 0 of .* is finished"):
+        fit(data_dir, tmp_path, "--fold", 0)
+    with pytest.raises(InputError, match=r"seed = 0, not 1"):
+        fit(data_dir, tmp_path, "--fold", 0, "--seed", 1)
+    assert (run / "oof.csv").read_bytes() == (runs_dir / "resnet" / "oof.csv").read_bytes()
+    fit(data_dir, tmp_path, "--fold", 0, "--seed", 1, "--overwrite")
+    assert pd.read_csv(run / "oof.csv")["fold"].unique().tolist() == [0]
+
+
+@pytest.mark.parametrize("model", ["resnet", "fsg_vit"])
+def test_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, monkeypatch, model):
+    more = ["--fold", "0", "--epochs", "3", "--patience", "3"]
+    if model == "fsg_vit":
+        more += ["--backbone", "vit_tiny", "--routing", "sequential"]
+    straight = fit(data_dir, tmp_path / "a", *more, model=model)
+    save, saved = train.Trainer.save, []
+
+    def killed(self, path, **extra):
+        save(self, path, **extra)
+        saved.append(path)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(data_dir, tmp_path / "b", *more, model=model)
+    monkeypatch.setattr(train.Trainer, "save", save)
+    with pytest.raises(InputError, match="interrupted; pass --resume"):
+        fit(data_dir, tmp_path / "b", *more, model=model)
+    resumed = fit(data_dir, tmp_path / "b", *more, "--resume", model=model)
+    for name in ("oof.csv", "test_predictions.csv"):
+        assert (resumed / name).read_bytes() == (straight / name).read_bytes()
+    columns = ["fold", "epoch", "train_loss", "valid_loss", "valid_auc", "lr"]
+    logs = [pd.read_csv(run / "log.csv")[columns] for run in (straight, resumed)]
+    pd.testing.assert_frame_equal(*logs)
+    assert len(logs[0]) == 3
+
+
+def test_early_stopping_keeps_the_best_epoch(data_dir, tmp_path, monkeypatch):
+    aucs = iter([0.6, 0.8, 0.7, 0.8])  # an equal AUC is no improvement
+    monkeypatch.setattr(train.util, "weighted_auc", lambda *_: next(aucs, 0.5))
+    run = fit(data_dir, tmp_path, "--fold", 0, "--epochs", 9, "--patience", 2)
+    assert models.load_checkpoint(run / "fold0_best.pt")[1]["epoch"] == 2
+    assert len(pd.read_csv(run / "log.csv")) == 4
+
+
+def test_every_routing_and_switch_trains(data_dir, tmp_path):
+    for routing in ("off", "single", "upstream"):
+        fit(data_dir, tmp_path, "--backbone", "vit_tiny", "--routing", routing, "--name", routing,
+            "--fold", 0, "--limit", 6, model="fsg_vit")  # fmt: skip
+    fit(data_dir, tmp_path, "--name", "x", "--fold", 0, "--limit", 6, "--sampler", "shuffle",
+        "--loss", "bce", "--schedule", "cosine", "--amp", "bf16", "--workers", "1")  # fmt: skip
+
+
+def test_diverging_training_stops(data_dir, tmp_path):
+    with pytest.raises(InputError, match="the loss is (nan|inf)"):
+        fit(data_dir, tmp_path, "--fold", 0, "--lr", "1e30", "--head_lr", "1e30", "--epochs", 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fold", "7"], "folds 0 to 1"),
+        (["--fold", "x"], "folds 0 to 1"),
+        (["--meta_cols", "colour"], "--meta_cols colour"),
+        (["--data_dir", "nowhere"], "nowhere"),
+        (["--crop_dir", "nowhere"], r"crop\.json is missing"),
+    ],
+)
+def test_bad_input(data_dir, tmp_path, words, message):
+    with pytest.raises(InputError, match=message):
+        fit(data_dir, tmp_path, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_crops_of_other_folds_are_refused(data_dir, runs_dir, source, tmp_path):
+    other = call("preprocess", "--train_csv", source / "train.csv", "--output_dir",
+                 tmp_path / "other", "--size", 64, "--n_folds", 2, "--seed", 5)  # fmt: skip
+    with pytest.raises(InputError, match="cropped for other folds"):
+        fit(other, tmp_path, "--crop_dir", data_dir / "crops" / "chipnet", model="cropnet")
+    with pytest.raises(InputError, match="trained on other folds"):
+        call("crop", "--run", runs_dir / "chipnet", "--data_dir", other, "--device", "cpu")
+
+
+def test_array_and_table_that_do_not_match_are_refused(data_dir, tmp_path):
+    copy = shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns("crops"))
+    np.save(copy / "train_64.npy", np.zeros((5, 64, 64, 3), np.uint8))
+    with pytest.raises(InputError, match="5 images but its table has 24 rows"):
+        fit(copy, tmp_path / "runs")
+
+
+def test_errors_are_one_line_with_status_2(data_dir, tmp_path):
+    words = ["--model", "resnet", "--data_dir", data_dir, "--runs_dir", tmp_path, *SMALL_MODEL]
+    for more in (["--fold", "9"], ["--backbone", "resnet5"], ["--epoch", "3"]):
+        result = shell("train", *words, *more, cwd=tmp_path)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        assert result.stderr.strip().splitlines()[-1].startswith("train.py: error: ")

@@ -1,0 +1,157 @@
+"""Tables, arrays, json, metrics."""
+
+import errno
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import util
+from util import InputError
+
+
+def test_json_is_strict_and_whole(tmp_path):
+    path = tmp_path / "a.json"
+    util.write_json(path, {"b": np.float32(0.5), "a": np.int64(3), "path": tmp_path})
+    assert json.loads(path.read_text()) == {"a": 3, "b": 0.5, "path": str(tmp_path)}
+    with pytest.raises(ValueError, match="JSON"):
+        util.write_json(path, {"a": float("nan")})
+    assert util.read_json(path)["a"] == 3  # the failed write left the old file
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_array_is_absent_until_complete(tmp_path):
+    path = tmp_path / "x.npy"
+
+    def break_off():
+        with util.new_array(path, (2, 4, 4, 3)) as array:
+            array[0] = 1
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        break_off()
+    assert list(tmp_path.iterdir()) == []
+    with util.new_array(path, (2, 4, 4, 3)) as array:
+        array[:] = 7
+    assert (util.open_array(path, 2) == 7).all()
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(util.os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"), util.new_array(tmp_path / "x.npy", (2, 4, 4, 3)):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("array", "rows", "words"),
+    [
+        (np.zeros((2, 4, 4, 3), np.uint8), 3, "has 2 images but its table has 3 rows"),
+        (np.zeros((2, 4, 4, 3), np.float32), 2, "float32"),
+        (np.zeros((2, 4, 5, 3), np.uint8), 2, "size, size, 3"),
+        (np.array([{"a": 1}], dtype=object), 1, "not a readable array"),
+    ],
+)
+def test_wrong_arrays_are_refused(tmp_path, array, rows, words):
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(InputError, match=words):
+        util.open_array(tmp_path / "x.npy", rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not a readable csv"),
+        ("image_name,target\n", "no rows"),
+        ("name,target\na,1\n", "no column 'image_name'; it has name, target"),
+        ("image_name\na\n", "no column 'target'"),
+        ("image_name,target\na,1\n,0\n", "line 3: image_name is empty"),
+        ("image_name,target\na,1\na,0\n", "'a' more than once"),
+        ('image_name,target\n"a,1\n', "not a readable csv"),
+    ],
+)
+def test_wrong_tables_are_refused(tmp_path, text, words):
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        util.read_table(path, ["target"])
+
+
+def test_tables_keep_ids_as_text_and_read_bom_and_refuse_latin1(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes("\ufeffimage_name,target\n0012,1\n".encode())
+    assert util.read_table(path)["image_name"].tolist() == ["0012"]
+    path.write_bytes("image_name,target\nM\xfcller,1\n".encode("cp1252"))
+    with pytest.raises(InputError, match="UTF-8"):
+        util.read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [([0, 0], "every target is 0"), ([0, None], "target of b"), ([0, 2], "must be 0 or 1")],
+)
+def test_wrong_targets_are_refused(targets, words, tmp_path):
+    table = pd.DataFrame({"image_name": ["a", "b"], "target": targets})
+    with pytest.raises(InputError, match=words):
+        util.check_target(table, tmp_path / "t.csv")
+
+
+def test_weighted_auc_is_sklearns_with_ties_and_weights():
+    rng = np.random.default_rng(0)
+    target, prob = rng.integers(0, 2, 200), rng.integers(0, 12, 200) / 12
+    weight = rng.integers(0, 3, 200)
+    expected = roc_auc_score(target, prob, sample_weight=weight)
+    assert util.weighted_auc(target, prob, weight) == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(util.weighted_auc(np.ones(3), prob[:3], np.ones(3)))
+
+
+def test_partial_auc_spans_its_range():
+    target = np.array([0, 0, 1, 1])
+    assert util.partial_auc(target, np.array([0.1, 0.2, 0.8, 0.9])) == pytest.approx(0.2)
+    assert util.partial_auc(target, np.array([0.9, 0.8, 0.2, 0.1])) == pytest.approx(0, abs=1e-9)
+    assert util.partial_auc(target, np.full(4, 0.5)) == pytest.approx(0.02)
+
+
+def test_interval_covers_auc_and_widens_with_groups():
+    rng = np.random.default_rng(1)
+    target = np.repeat(rng.integers(0, 2, 60), 5)  # five like images a patient
+    prob = np.repeat(rng.normal(size=60), 5) + target
+    rows, groups = np.arange(300), np.repeat(np.arange(60), 5)
+    alone, together = (util.auc_interval(target, prob, g) for g in (rows, groups))
+    auc = roc_auc_score(target, prob)
+    assert together[0] < alone[0] < auc < alone[1] < together[1]
+
+
+def test_score_of_one_class_is_null():
+    result = util.score(np.zeros(3, int), np.arange(3.0), np.arange(3))
+    assert result["auc"] is None
+    assert result["rows"] == 3
+
+
+def test_ranks_are_taken_inside_folds():
+    prob, fold = np.array([0.1, 0.9, 0.8, 0.2]), np.array([0, 0, 1, 1])
+    assert util.rank_in_fold(prob, fold).tolist() == [0.5, 1, 1, 0.5]
+
+
+def test_rows_without_group_are_groups_of_their_own():
+    table = pd.DataFrame({"image_name": ["a", "b", "c", "d"], "p": ["x", None, "x", None]})
+    group = util.groups_of(table, "p")
+    assert group[0] == group[2]
+    assert len(set(group)) == 3
+    assert len(set(util.groups_of(table, None))) == 4
+
+
+def test_changed_table_is_noticed(data_dir, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(data_dir, tmp_path / "data")
+    util.read_data(copy)
+    text = (copy / "train.csv").read_text()
+    (copy / "train.csv").write_text(text.replace(",male,", ",female,", 1))
+    with pytest.raises(InputError, match="changed after preprocessing"):
+        util.read_data(copy)
