@@ -1,0 +1,79 @@
+"""New images through runs and blends."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import call, hashes
+
+from util import InputError
+
+
+def predict(run, output, *images, meta=None, more=()):
+    words = [*images, "--run", run, "--output", output, "--device", "cpu", *more]
+    return call("predict", *words, *([] if meta is None else ["--csv", meta]))
+
+
+def read(path):
+    return pd.read_csv(path, dtype={"image_name": str})
+
+
+@pytest.fixture
+def test_images(source):
+    return [source / "images" / f"{i:04d}.jpg" for i in range(24, 28)]
+
+
+@pytest.mark.parametrize("name", ["resnet", "chipnet", "cropnet", "mean"])
+def test_new_images_score_as_the_test_set_did(runs_dir, source, test_images, tmp_path, name):
+    out = predict(runs_dir / name, tmp_path / "out", *test_images, meta=source / "test.csv")
+    table = read(out / "predictions.csv").merge(read(runs_dir / name / "submission.csv"),
+                                                on="image_name")  # fmt: skip
+    assert len(table) == 4
+    assert np.allclose(table["prob"], table["target"], atol=1e-5)
+
+
+def test_boxes_are_those_of_crop_py(runs_dir, data_dir, test_images, tmp_path):
+    out = predict(runs_dir / "cropnet", tmp_path / "out", *test_images)
+    boxes = read(data_dir / "crops" / "chipnet" / "test_boxes.csv")
+    edges = ["x0", "y0", "x1", "y1"]
+    assert np.allclose(read(out / "predictions.csv")[edges], boxes[edges], atol=1e-3)
+
+
+def test_folder_through_a_learned_blend_with_pictures(runs_dir, source, tmp_path):
+    before = hashes(source)
+    out = predict(runs_dir / "ensemble", tmp_path / "out", source / "images")
+    table = read(out / "predictions.csv")
+    assert len(table) == 28
+    assert table["prob"].between(0, 1).all()
+    assert len(list(out.glob("*.png"))) == 28
+    assert hashes(source) == before
+    with pytest.raises(InputError, match="already finished"):
+        predict(runs_dir / "ensemble", tmp_path / "out", source / "images")
+
+
+def test_bad_images_are_named_or_left_out(runs_dir, test_images, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in test_images:
+        shutil.copy(path, folder)
+    (folder / "0025.jpg").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"0025\.jpg.*--on_error skip"):
+        predict(runs_dir / "resnet", tmp_path / "out", folder)
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+    more = ["--on_error", "skip", "--no-pictures"]
+    out = predict(runs_dir / "resnet", tmp_path / "out", folder, more=more)
+    assert read(out / "predictions.csv")["image_name"].tolist() == ["0024", "0026", "0027"]
+    assert not list(out.glob("*.png"))
+
+
+def test_bad_words(runs_dir, test_images, tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        predict(runs_dir / "nowhere", tmp_path / "out", *test_images)
+    with pytest.raises(InputError, match=r"no\.jpg is missing"):
+        predict(runs_dir / "resnet", tmp_path / "out", tmp_path / "no.jpg")
+    with pytest.raises(InputError, match="holds no jpg"):
+        predict(runs_dir / "resnet", tmp_path / "out", tmp_path)
+    shutil.copy(test_images[0], tmp_path)
+    with pytest.raises(InputError, match="share a name"):
+        predict(runs_dir / "resnet", tmp_path / "out", tmp_path, test_images[0])
