@@ -184,7 +184,7 @@ def main(args: argparse.Namespace) -> Path:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
-    parser = util.new_parser(__doc__)
+    parser, count = util.new_parser(__doc__), util.number(int, 1)
     parser.add_argument("--run", type=Path, default=Path("runs/chipnet"), help="ChipNet run")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="from preprocess.py")
     parser.add_argument("--image_dir", type=Path, help="originals [as preprocessed]")
@@ -195,9 +195,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="threshold of --rule original: mean + num_devs * std")  # fmt: skip
     parser.add_argument("--views", type=int, choices=(1, 2, 4, 8), default=8,
                         help="symmetries over which attention is averaged")  # fmt: skip
-    parser.add_argument("--limit", type=util.positive_int, help="crop the first images: a dry run")
+    parser.add_argument("--limit", type=count, help="crop the first images: a dry run")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--workers", type=util.positive_int, default=os.cpu_count(), help="threads")
+    parser.add_argument("--workers", type=count, default=os.cpu_count(), help="threads")
     parser.add_argument("--overwrite", action="store_true", help="replace finished crops")
     return parser
 

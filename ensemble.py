@@ -213,6 +213,7 @@ def main(args: argparse.Namespace) -> Path:
         print(f"{line}   weight {weight:.2f}")
     print(util.metrics_line(args.name, metrics))
     if gain is not None:
+        print(f"equal weights: oof {gain['equal_weights_auc']:.3f}")
         low, high = gain["gain_interval"]
         print(f"learned weights over equal ones, cross-fitted: {gain['gain']:+.4f} AUC "
               f"[{low:+.4f}, {high:+.4f}]" + ("" if low > 0 else ", not proven"))  # fmt: skip

@@ -381,6 +381,7 @@ def predict(model: Network, loader, device: torch.device, tta: int = 1, amp: str
         image, meta = image.to(device), meta.to(device)
         with autocast(device, amp):
             views = [model(dihedral(image, view), meta) for view in range(tta)]
-        probs.append(torch.stack(views).double().sigmoid().mean(dim=0).squeeze(1).cpu().numpy())
+        logit = torch.stack(views).float().cpu().double()  # MPS knows no double
+        probs.append(logit.sigmoid().mean(dim=0).squeeze(1).numpy())
     return np.concatenate(probs)
 

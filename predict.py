@@ -271,7 +271,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tta", type=int, choices=(1, 2, 4, 8), help="views [as trained]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--on_error", choices=("fail", "skip"), default="fail", help="bad images")
-    parser.add_argument("--limit", type=util.positive_int, help="predict the first images")
+    parser.add_argument("--limit", type=util.number(int, 1), help="predict the first images")
     parser.add_argument("--pictures", action=argparse.BooleanOptionalAction, default=True,
                         help="draw a picture per image")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a finished --output")

@@ -110,8 +110,6 @@ def assign_folds(target: np.ndarray, group: np.ndarray, n_folds: int, seed: int)
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
-    if n_folds < 2:
-        raise InputError(f"--n_folds {n_folds} leaves nothing held out; pass at least 2")
     for label in (0, 1):
         groups = len(np.unique(group[target == label]))
         if groups < n_folds:
@@ -147,41 +145,53 @@ def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
     return {split: path for split, path in inputs.items() if split not in optional}
 
 
-def main(args: argparse.Namespace) -> Path:
-    """Write the arrays and tables; returns their directory."""
+def read_inputs(args: argparse.Namespace) -> tuple[dict[str, pd.DataFrame], dict[str, Path]]:
+    """Input tables in the project's words and the files they came from, by split.
+
+    Raises InputError for whatever can be known to be wrong before an image is read.
+    """
     inputs = find_inputs(args)
-    image_dir = args.image_dir or args.train_csv.parent / "images"
     names = {args.image_col: ID}
     tables = {"train": read_labels(inputs["train"], args, names | {args.target_col: TARGET})}
-    util.check_target(tables["train"], args.train_csv)
-    group_col = group_column(tables["train"], args)
+    target = util.check_target(tables["train"], args.train_csv)
     if FOLD in tables["train"]:
         raise InputError(f"{args.train_csv} has a column 'fold' already; rename or remove it")
+    group = util.groups_of(tables["train"], group_column(tables["train"], args))
+    assign_folds(target, group, args.n_folds, args.seed)
     if "test" in inputs:
         tables["test"] = read_labels(inputs["test"], args, names)
-    index = util.index_images(image_dir)
-    paths = {s: locate(t, index, image_dir, args.on_error == "skip") for s, t in tables.items()}
-
-    output_dir = util.claim_dir(args.output_dir, "preprocess.json", args.overwrite)
-    for split in tables:
-        array_path = util.array_path(output_dir, split, args.size)
-        tables[split] = write_images(tables[split], paths[split], array_path, args)
-    target = util.check_target(tables["train"], args.train_csv)
-    group = util.groups_of(tables["train"], group_col)
-    tables["train"][FOLD] = assign_folds(target, group, args.n_folds, args.seed)
     if "sample_submission" in inputs:
-        sample = util.read_table(inputs["sample_submission"], (), args.image_col)[: args.limit]
-        tables["sample_submission"] = sample.rename(columns=names)
-        if set(tables["sample_submission"][ID]) != set(tables["test"][ID]):
+        sample = read_labels(inputs["sample_submission"], args, names)
+        if set(sample[ID]) != set(tables["test"][ID]):
             raise InputError(f"{inputs['sample_submission']} and the test table name other images")
+        tables["sample_submission"] = sample
+    return tables, inputs
 
-    hashes = {}
+
+def main(args: argparse.Namespace) -> Path:
+    """Write the arrays and tables; returns their directory."""
+    tables, inputs = read_inputs(args)
+    image_dir = args.image_dir or args.train_csv.parent / "images"
+    index = util.index_images(image_dir)
+    paths = {
+        split: locate(tables[split], index, image_dir, args.on_error == "skip")
+        for split in ("train", "test")
+        if split in tables
+    }
+    output_dir = util.claim_dir(args.output_dir, "preprocess.json", args.overwrite)
+    arrays = {split: util.array_path(output_dir, split, args.size) for split in paths}
+    for split, array_path in arrays.items():
+        tables[split] = write_images(tables[split], paths[split], array_path, args)
+    if "sample_submission" in tables:
+        read = tables["sample_submission"][ID].isin(tables["test"][ID])
+        tables["sample_submission"] = tables["sample_submission"][read]
+    target = util.check_target(tables["train"], args.train_csv)
+    group_col = group_column(tables["train"], args)
+    group = util.groups_of(tables["train"], group_col)  # without the images left out
+    tables["train"][FOLD] = assign_folds(target, group, args.n_folds, args.seed)
     for split, table in tables.items():
         util.write_table(output_dir / f"{split}.csv", table)
-        hashes[f"{split}.csv"] = util.sha256(output_dir / f"{split}.csv")
-    for split in paths:
-        array_path = util.array_path(output_dir, split, args.size)
-        hashes[array_path.name] = util.sha256(array_path)
+    written = [*arrays.values(), *(output_dir / f"{split}.csv" for split in tables)]
     facts = {
         "size": args.size,
         "n_folds": args.n_folds,
@@ -190,7 +200,7 @@ def main(args: argparse.Namespace) -> Path:
         "image_dir": image_dir.resolve(),
         "exact": args.exact,
         "inputs": {str(path): util.sha256(path) for path in inputs.values()},
-        "sha256": hashes,
+        "sha256": {path.name: util.sha256(path) for path in written},
         **util.provenance(),
     }
     util.write_json(output_dir / "preprocess.json", facts)
@@ -202,7 +212,7 @@ def main(args: argparse.Namespace) -> Path:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
-    parser = util.new_parser(__doc__)
+    parser, count = util.new_parser(__doc__), util.number(int, 1)
     data = parser.add_argument_group("input")
     data.add_argument("--train_csv", type=Path, default=EXAMPLE_CSV, help="table of labels")
     data.add_argument("--test_csv", type=Path, help="table to predict [test.csv beside train]")
@@ -210,14 +220,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument("--image_col", default=ID, help="column of image names")
     data.add_argument("--target_col", default=TARGET, help="column of labels, 0 or 1")
     data.add_argument("--group_col", default="patient_id", help="column that folds keep whole")
-    data.add_argument("--limit", type=util.positive_int, help="use the first rows of each table")
+    data.add_argument("--limit", type=count, help="use the first rows of each table")
     data.add_argument("--on_error", choices=("fail", "skip"), default="fail", help="bad images")
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", type=Path, default=Path("data"), help="where to write")
-    out.add_argument("--size", type=util.positive_int, default=224, help="side in pixels")
-    out.add_argument("--n_folds", type=int, default=3, help="folds of the cross-validation")
-    out.add_argument("--seed", type=int, default=0, help="seed of the folds")
-    out.add_argument("--workers", type=util.positive_int, default=os.cpu_count(), help="threads")
+    out.add_argument("--size", type=count, default=224, help="side in pixels")
+    out.add_argument("--n_folds", type=util.number(int, 2), default=3, help="held-out folds")
+    out.add_argument("--seed", type=util.number(int, 0), default=0, help="seed of the folds")
+    out.add_argument("--workers", type=count, default=os.cpu_count(), help="threads")
     out.add_argument("--exact", action="store_true", help="decode every JPEG in full")
     out.add_argument("--overwrite", action="store_true", help="replace a finished --output_dir")
     return parser

@@ -423,15 +423,16 @@ def main(args: argparse.Namespace) -> Path:
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__)
-    number = util.positive_int
+    count, positive = util.number(int, 1), util.number(float, 0)
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=sorted(models.MODELS), required=True, help="what to fit")
     model.add_argument("--backbone", help="torchvision name, timm:NAME, regnet_tiny or vit_tiny "
                        "[resnet50; vit_b_16 for fsg_vit]")  # fmt: skip
     model.add_argument("--weights", default="imagenet", help="imagenet, none or a weights file")
-    model.add_argument("--hidden", type=number, help="width of the metadata branch or attention "
+    model.add_argument("--hidden", type=count, help="width of the metadata branch or attention "
                        "[256; chipnet 512]")  # fmt: skip
-    model.add_argument("--dropout", type=float, default=0.7, help="before the head, 0 to 1")
+    model.add_argument("--dropout", type=util.number(float, 0, 1), default=0.7,
+                       help="before the head, 0 to 1")  # fmt: skip
     model.add_argument("--gate_init", choices=("identity", "paper"), default="identity",
                        help="start of the gates of fsg_vit")  # fmt: skip
     data = parser.add_argument_group("data")
@@ -439,30 +440,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     data.add_argument("--crop_dir", type=Path, help="train on these crops of crop.py "
                       "[crops/chipnet in --data_dir for cropnet]")  # fmt: skip
     data.add_argument("--meta_cols", nargs="*", help="metadata columns [sex, age and site]")
-    data.add_argument("--limit", type=number, help="use this many images per class: a dry run")
+    data.add_argument("--limit", type=count, help="use this many images per class: a dry run")
     fitting = parser.add_argument_group("optimisation")
     fitting.add_argument("--fold", nargs="+", default=["all"], help="held-out folds from 0, or all")
-    fitting.add_argument("--epochs", type=number, default=20, help="at most")
-    fitting.add_argument("--patience", type=number, default=3, help="epochs without a better AUC")
-    fitting.add_argument("--batch_size", type=number, default=64, help="images per step")
+    fitting.add_argument("--epochs", type=count, default=20, help="at most")
+    fitting.add_argument("--patience", type=count, default=3, help="epochs without a better AUC")
+    fitting.add_argument("--batch_size", type=count, default=64, help="images per step")
     fitting.add_argument("--loss", choices=sorted(LOSSES), default="focal", help="focal: gamma 2")
     fitting.add_argument("--sampler", choices=("balanced", "shuffle"), default="balanced",
                          help="balanced draws both classes equally often")  # fmt: skip
-    fitting.add_argument("--lr", type=float, help="of the backbone [1e-5; chipnet 5e-5]")
-    fitting.add_argument("--head_lr", type=float, help="of the rest [5e-5; chipnet 1e-4]")
-    fitting.add_argument("--gate_lr", type=float, default=1e-3, help="of the gates")
+    fitting.add_argument("--lr", type=positive, help="of the backbone [1e-5; chipnet 5e-5]")
+    fitting.add_argument("--head_lr", type=positive, help="of the rest [5e-5; chipnet 1e-4]")
+    fitting.add_argument("--gate_lr", type=positive, default=1e-3, help="of the gates")
     fitting.add_argument("--schedule", choices=("exponential", "cosine"), default="exponential",
                          help="x 0.95 per epoch, or warm-up and cosine")  # fmt: skip
     fitting.add_argument("--routing", choices=fsg.MODES, default="single",
                          help="how gates and weights are stepped (fsg.py)")  # fmt: skip
-    fitting.add_argument("--seed", type=int, default=0, help="seed of weights and augmentation")
+    fitting.add_argument("--seed", type=util.number(int, 0), default=0,
+                         help="of weights and augmentation")  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument("--name", help="of the run directory [the model's]")
     run.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are kept")
     run.add_argument("--tta", type=int, choices=(1, 2, 4, 8), default=8, help="views to average")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision")
-    run.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8),
+    run.add_argument("--workers", type=util.number(int, 0), default=min(os.cpu_count() or 1, 8),
                      help="loader processes")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     run.add_argument("--overwrite", action="store_true", help="start the run anew, all its folds")

@@ -48,12 +48,17 @@ def new_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """An argparse type: a number of a kind (int, float) in low..high."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} to {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
 
 def run_script(main: Callable, parser: argparse.ArgumentParser, *expected: type[Exception]) -> None:
@@ -141,11 +146,8 @@ def provenance() -> dict:
 
 
 # ---------------------------------------------------------------- tables
-def read_table(path: Path, columns: Iterable[str] = (), id_col: str = ID) -> pd.DataFrame:
-    """Read a csv whose `id_col` is text, present and unique, and which has all `columns`.
-
-    Raises InputError naming the file and the column or row at fault.
-    """
+def read_csv(path: Path, columns: Iterable[str], id_col: str = ID) -> pd.DataFrame:
+    """Read a csv with text in `id_col` and with all `columns`; raises InputError otherwise."""
     try:
         table = pd.read_csv(path, dtype={id_col: str}, encoding="utf-8-sig")
     except FileNotFoundError:
@@ -159,6 +161,15 @@ def read_table(path: Path, columns: Iterable[str] = (), id_col: str = ID) -> pd.
             raise InputError(f"{path} has no column {column!r}; it has {', '.join(table)}")
     if table.empty:
         raise InputError(f"{path} has no rows")
+    return table
+
+
+def read_table(path: Path, columns: Iterable[str] = (), id_col: str = ID) -> pd.DataFrame:
+    """Read a csv of images: `id_col` is present and unique in every row.
+
+    Raises InputError naming the file and the column or row at fault.
+    """
+    table = read_csv(path, columns, id_col)
     if table[id_col].isna().any():
         row = int(np.flatnonzero(table[id_col].isna())[0]) + 2
         raise InputError(f"{path} line {row}: {id_col} is empty")
@@ -439,15 +450,10 @@ def combine(mode: str, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- run directories
 def read_predictions(run_dir: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
     """A prediction table of a run (ids may repeat over folds); prob must be finite."""
-    path = run_dir / name
-    if not path.exists():
-        raise InputError(f"{path} is missing; {run_dir} is not a finished run")
-    table = pd.read_csv(path, dtype={ID: str})
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise InputError(f"{path} has no column {missing[0]!r}")
-    if not np.isfinite(table[PROB]).all():
-        raise InputError(f"{path}: prob of {table[ID][~np.isfinite(table[PROB])].iloc[0]} is bad")
+    table = read_csv(run_dir / name, columns)
+    bad = ~np.isfinite(table[PROB])
+    if bad.any():
+        raise InputError(f"{run_dir / name}: prob of {table[ID][bad].iloc[0]} is not finite")
     return table
 
 

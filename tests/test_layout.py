@@ -71,6 +71,25 @@ def test_help_and_typos(name, capsys):
     assert "usage:" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--model", "resnet", "--lr", "-1"],
+        ["train", "--model", "resnet", "--dropout", "1.5"],
+        ["train", "--model", "resnet", "--epochs", "0"],
+        ["train", "--model", "resnet", "--workers", "two"],
+        ["preprocess", "--n_folds", "1"],
+        ["crop", "--views", "3"],
+        ["ensemble", "median"],
+    ],
+)
+def test_values_out_of_range(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        __import__(words[0]).get_args_parser().parse_args(words[1:])
+    assert stop.value.code == 2
+    assert words[-1] in capsys.readouterr().err
+
+
 def commands(text):
     """Command lines of our scripts in a text, continuation lines joined."""
     lines = text.replace("\\\n", " ").splitlines()
