@@ -160,12 +160,14 @@ def draw_row(axes, image: np.ndarray, size: tuple[int, int], box: Box | None, at
     axes[1].imshow(image)
     if box is not None:
         x0, y0, x1, y1 = box.scaled(scale)
-        axes[0].plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="lime", linewidth=1.5)
+        corners = [x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0]
+        axes[0].plot(*corners, color="lime", linewidth=1.5, clip_on=False)
     if attention is not None:
         short = min(width, height)
         left, top = (width - short) / 2, (height - short) / 2
         extent = (left, left + short, top + short, top)
         axes[1].imshow(upsample(attention), cmap="inferno", alpha=0.6, extent=extent)
-        axes[1].set(xlim=(0, width), ylim=(height, 0))
+    for axis in axes[:2]:  # neither box nor map may widen the frame
+        axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
     if crop is not None:
         axes[2].imshow(crop)

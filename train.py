@@ -153,14 +153,15 @@ def open_run(settings: argparse.Namespace, config: dict, folds: list[int]) -> tu
         shutil.rmtree(run_dir)
     if path.exists():
         old = util.read_json(path)
-        for part in ("args", "data"):
-            for key in sorted(config[part].keys() - FREE_ARGUMENTS):
-                mine, theirs = config[part][key], old.get(part, {}).get(key)
-                if mine != theirs:
-                    raise InputError(
-                        f"{run_dir} was made with {key} = {theirs}, not {mine}; pass --name for "
-                        "a new run or --overwrite to replace this one"
-                    )
+        if config["data"] != old.get("data"):
+            raise InputError(f"{run_dir} was trained on other data; pass --name or --overwrite")
+        for key in sorted(config["args"].keys() - FREE_ARGUMENTS):
+            mine, theirs = config["args"][key], old["args"].get(key)
+            if mine != theirs:
+                raise InputError(
+                    f"{run_dir} was made with {key} = {theirs}, not {mine}; pass --name for a new "
+                    "run or --overwrite to replace this one"
+                )
         done = []
         if (run_dir / "metrics.json").exists():
             done = [fold["fold"] for fold in util.read_json(run_dir / "metrics.json")["folds"]]

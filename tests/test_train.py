@@ -102,7 +102,7 @@ def test_folds_gather_in_one_run_whatever_the_order(data_dir, tmp_path, runs_dir
 
 @pytest.mark.parametrize("model", ["resnet", "fsg_vit"])
 def test_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, monkeypatch, model):
-    more = ["--fold", "0", "--epochs", "3", "--patience", "3"]
+    more = ["--fold", "0", "--epochs", "3", "--patience", "3", "--dropout", "0.5"]
     if model == "fsg_vit":
         more += ["--backbone", "vit_tiny", "--routing", "sequential"]
     straight = fit(data_dir, tmp_path / "a", *more, model=model)

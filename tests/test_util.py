@@ -124,6 +124,9 @@ def test_interval_covers_auc_and_widens_with_groups():
     rows, groups = np.arange(300), np.repeat(np.arange(60), 5)
     alone, together = (util.auc_interval(target, prob, g) for g in (rows, groups))
     auc = roc_auc_score(target, prob)
+    weights = next(util.bootstrap_weights(groups)).reshape(60, 5)
+    assert (weights == weights[:, :1]).all()  # a patient is drawn whole
+    assert weights.sum() == 300
     assert together[0] < alone[0] < auc < alone[1] < together[1]
 
 
