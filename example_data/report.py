@@ -53,12 +53,12 @@ def draw_overview(path: Path, demo_dir: Path, runs: list[Path], labels: pd.Serie
               for run in runs}  # fmt: skip
     target = labels[data.test[ID]].to_numpy()
     rows = np.concatenate([np.flatnonzero(target == label)[:PER_CLASS] for label in (1, 0)])
-    figure = util.new_figure(figsize=(11, 2.3 * len(rows)))
+    figure = util.new_figure(figsize=(9.5, 1.75 * len(rows)))
     for axes, row in zip(figure.subplots(len(rows), 4, squeeze=False), rows, strict=True):
         name, width, height = data.test[[ID, "width", "height"]].iloc[row]
         image = np.asarray(util.read_image(HERE / "images" / f"{name}.jpg", 300)[0])
         box = Box(*boxes.loc[name, ["x0", "y0", "x1", "y1"]].astype(float))
-        localize.draw_row(axes, image, (width, height), box, maps[row], crops[row])
+        localize.draw_row(axes[:3], image, (width, height), box, maps[row], crops[row])
         axes[0].set_title(f"{name}: {'malignant' if target[row] else 'benign'}", fontsize=9)
         axes[1].set_title("attention", fontsize=9)
         axes[2].set_title(f"crop, {min(width, height) / box.side:.1f}x finer", fontsize=9)
