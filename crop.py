@@ -33,15 +33,15 @@ MONTAGE_ROWS = 8
 
 def load_networks(run_dir: Path, data: util.Data, device: torch.device) -> dict:
     """Networks of a ChipNet run by fold. Raises InputError where they do not fit the data."""
-    config = util.read_json(run_dir / "config.json")
-    recipe = models.MODELS.get(config.get("args", {}).get("model"))
+    config = util.read_config(run_dir)
+    recipe = models.MODELS.get(config["args"].get("model"))
     if recipe is None or not hasattr(recipe.network, "attention"):
         raise InputError(f"{run_dir} is no ChipNet run: it has no attention to crop by")
     if config["data"]["folds_sha256"] != util.folds_sha256(data.train):
         raise InputError(
             f"{run_dir} was trained on other folds than {data.directory} has; train it again"
         )
-    folds = [fold["fold"] for fold in util.read_json(run_dir / "metrics.json")["folds"]]
+    folds = [fold["fold"] for fold in util.read_metrics(run_dir)["folds"]]
     missing = sorted(set(range(data.facts["n_folds"])) - set(folds))
     if missing:
         print(

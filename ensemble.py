@@ -33,7 +33,7 @@ def find_runs(names: list[str] | None, runs_dir: Path, blend: str) -> list[Path]
     """Directories of the runs to blend; without names all finished ones that are no blends."""
     if names is None:
         found = sorted(path.parent for path in runs_dir.glob("*/metrics.json"))
-        runs = [r for r in found if "members" not in util.read_json(r / "config.json")]
+        runs = [r for r in found if "members" not in util.read_config(r)]
         if not runs:
             raise InputError(f"{runs_dir} holds no finished run; train one first")
         return runs
@@ -74,8 +74,8 @@ def read_runs(runs: list[Path]) -> tuple:
     """Joined predictions of several runs: (oof keys, prob (N, K), test keys or None, (M, K))."""
     hashes = {}
     for run in runs:
-        config = util.read_json(run / "config.json")
-        util.read_json(run / "metrics.json")  # refuses a run that is not finished
+        config = util.read_config(run)
+        util.read_metrics(run)  # refuses a run that is not finished
         hashes[run.name] = config["data"]["folds_sha256"]
     for name, value in hashes.items():
         if value != hashes[runs[0].name]:
@@ -172,7 +172,7 @@ def main(args: argparse.Namespace) -> Path:
     runs = find_runs(args.runs, args.runs_dir, args.name)
     names = [run.name for run in runs]
     keys, prob, test_keys, test_prob = read_runs(runs)
-    member_data = util.read_json(runs[0] / "config.json")["args"]["data_dir"]
+    member_data = util.read_config(runs[0])["args"]["data_dir"]
     data = util.read_data(args.data_dir or Path(member_data))
     target, fold = keys[TARGET].to_numpy(), keys[FOLD].to_numpy()
     group = data.group[keys[ID]].to_numpy()
@@ -209,7 +209,7 @@ def main(args: argparse.Namespace) -> Path:
     folds = [{"fold": int(k)} for k in np.unique(fold)]
     metrics = util.write_run(output_dir, oof, test, data, folds, learned=gain)
     for run, weight in zip(runs, weights, strict=True):
-        line = util.metrics_line(run.name, util.read_json(run / "metrics.json"))
+        line = util.metrics_line(run.name, util.read_metrics(run))
         print(f"{line}   weight {weight:.2f}")
     print(util.metrics_line(args.name, metrics))
     if gain is not None:

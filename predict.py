@@ -64,7 +64,7 @@ class Run:
         self.name, self.device = run_dir.name, device
         self.tta = tta or config["args"]["tta"]
         self.networks, self.encoders = {}, {}
-        for fold in util.read_json(run_dir / "metrics.json")["folds"]:
+        for fold in util.read_metrics(run_dir)["folds"]:
             k = fold["fold"]
             network, content = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)
             self.networks[k], self.encoders[k] = network, MetaEncoder(content["encoder"])
@@ -73,7 +73,7 @@ class Run:
         self.crop, self.chipnet = config["crop"] or WHOLE_IMAGE_RULE, None
         if self.sees_crops:
             chipnet_dir = Path(config["crop"]["run"])
-            self.chipnet = Run(chipnet_dir, util.read_json(chipnet_dir / "config.json"), device, 1)
+            self.chipnet = Run(chipnet_dir, util.read_config(chipnet_dir), device, 1)
         elif hasattr(network, "attention"):
             self.chipnet = self
 
@@ -158,7 +158,7 @@ class Blend:
 
 def open_run(run_dir: Path, device: torch.device, tta: int | None) -> Run | Blend:
     """Open a run directory of train.py or ensemble.py."""
-    config = util.read_json(run_dir / "config.json")
+    config = util.read_config(run_dir)
     if not (run_dir / "metrics.json").exists():
         raise InputError(f"{run_dir} is not finished; train it or go on with --resume")
     return (Blend if "members" in config else Run)(run_dir, config, device, tta)

@@ -97,7 +97,7 @@ def find_arrays(settings: argparse.Namespace, data: util.Data) -> tuple[dict, di
     directory, hashes, crop = data.directory, data.facts["sha256"], None
     if settings.crop_dir is not None:
         directory = settings.crop_dir
-        crop = util.read_json(directory / "crop.json")
+        crop = util.read_json(directory / "crop.json", ("folds_sha256", "run", "sha256"))
         hashes = crop["sha256"]
         if crop["folds_sha256"] != util.folds_sha256(data.train):
             raise InputError(
@@ -152,8 +152,8 @@ def open_run(settings: argparse.Namespace, config: dict, folds: list[int]) -> tu
     if settings.overwrite and path.exists():
         shutil.rmtree(run_dir)
     if path.exists():
-        old = util.read_json(path)
-        if config["data"] != old.get("data"):
+        old = util.read_config(run_dir)
+        if config["data"] != old["data"]:
             raise InputError(f"{run_dir} was trained on other data; pass --name or --overwrite")
         for key in sorted(config["args"].keys() - FREE_ARGUMENTS):
             mine, theirs = config["args"][key], old["args"].get(key)
@@ -164,7 +164,7 @@ def open_run(settings: argparse.Namespace, config: dict, folds: list[int]) -> tu
                 )
         done = []
         if (run_dir / "metrics.json").exists():
-            done = [fold["fold"] for fold in util.read_json(run_dir / "metrics.json")["folds"]]
+            done = [fold["fold"] for fold in util.read_metrics(run_dir)["folds"]]
         for k in () if settings.resume else folds:
             state = "finished" if k in done else "interrupted"
             if k in done or (run_dir / f"fold{k}_last.pt").exists():
@@ -215,7 +215,7 @@ def record_fold(
     """Add a fold's predictions to the run's files, in table order; returns the metrics."""
     folds = [facts]
     if (run_dir / "metrics.json").exists():
-        folds += util.read_json(run_dir / "metrics.json")["folds"]
+        folds += util.read_metrics(run_dir)["folds"]
         oof = pd.concat([util.read_predictions(run_dir, "oof.csv", oof.columns), oof])
         if test is not None:
             earlier = util.read_predictions(run_dir, "test_predictions.csv", test.columns)
@@ -417,7 +417,7 @@ def main(args: argparse.Namespace) -> Path:
     run_dir, folds = open_run(settings, config, folds)
     for k in folds:
         run_fold(k, settings, data, arrays, run_dir, device)
-    print(util.metrics_line(settings.name, util.read_json(run_dir / "metrics.json")))
+    print(util.metrics_line(settings.name, util.read_metrics(run_dir)))
     return run_dir
 
 

@@ -119,8 +119,8 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object; raises InputError where it is missing or broken."""
+def read_json(path: Path, keys: Iterable[str] = ()) -> dict:
+    """Read a JSON object with these keys; raises InputError where it is missing or broken."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -129,6 +129,9 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    for key in keys:
+        if key not in content:
+            raise InputError(f"{path} has no {key!r}: another version wrote it; make it again")
     return content
 
 
@@ -235,7 +238,8 @@ def read_data(data_dir: Path) -> Data:
 
     Raises InputError where a table is missing or was changed since.
     """
-    facts = read_json(data_dir / "preprocess.json")
+    keys = ("size", "n_folds", "group_col", "image_dir", "sha256")
+    facts = read_json(data_dir / "preprocess.json", keys)
     columns = {"train.csv": (TARGET, FOLD), "test.csv": (), "sample_submission.csv": ()}
     tables = dict.fromkeys(columns)
     for name in columns:
@@ -448,6 +452,16 @@ def combine(mode: str, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- run directories
+def read_config(run_dir: Path) -> dict:
+    """config.json of a run or blend."""
+    return read_json(run_dir / "config.json", ("args", "data"))
+
+
+def read_metrics(run_dir: Path) -> dict:
+    """metrics.json of a finished run or blend."""
+    return read_json(run_dir / "metrics.json", ("folds", "pooled", "ranked"))
+
+
 def read_predictions(run_dir: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
     """A prediction table of a run (ids may repeat over folds); prob must be finite."""
     table = read_csv(run_dir / name, columns)

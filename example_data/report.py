@@ -34,7 +34,7 @@ def print_table(runs: list[Path], labels: pd.Series) -> None:
     """One line per run."""
     print(f"\n{'run':<10} {'AUC of folds':<20} {'out-of-fold AUC':<22} {'test AUC':<9} seconds")
     for run in runs:
-        metrics = util.read_json(run / "metrics.json")
+        metrics = util.read_metrics(run)
         folds = " ".join(f"{fold['auc']:.3f}" for fold in metrics["folds"])
         low, high = metrics["ranked"]["auc_interval"]
         seconds = sum(fold.get("seconds", 0) for fold in metrics["folds"])

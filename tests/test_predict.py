@@ -67,6 +67,13 @@ def test_bad_images_are_named_or_left_out(runs_dir, test_images, tmp_path):
     assert not list(out.glob("*.png"))
 
 
+def test_runs_of_another_version_are_named(runs_dir, test_images, tmp_path):
+    run = shutil.copytree(runs_dir / "resnet", tmp_path / "old")
+    (run / "config.json").write_text('{"argv": []}')
+    with pytest.raises(InputError, match=r"config\.json has no 'args': another version"):
+        predict(run, tmp_path / "out", *test_images)
+
+
 def test_bad_words(runs_dir, test_images, tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         predict(runs_dir / "nowhere", tmp_path / "out", *test_images)
