@@ -13,14 +13,12 @@ mean map of all networks.
 
 import argparse
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 import localize
 import models
@@ -78,16 +76,8 @@ def write_crops(
         name, width, height = table[[ID, "width", "height"]].iloc[row]
         array[row] = util.read_crop(index[name], boxes[row], (width, height), size)
 
-    with (
-        util.new_array(array_path, (len(table), size, size, 3)) as array,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        try:
-            jobs = pool.map(work, range(len(table)))
-            list(tqdm(jobs, total=len(table), desc=f"crop {array_path.name}", unit="image"))
-        except InputError:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with util.new_array(array_path, (len(table), size, size, 3)) as array:
+        util.run_threads(work, range(len(table)), workers, f"crop {array_path.name}")
 
 
 def plot_montage(path: Path, data: util.Data, crop_dir: Path, table, boxes, maps) -> None:

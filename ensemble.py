@@ -118,17 +118,12 @@ def transform(mode: str, prob: np.ndarray, fold: np.ndarray) -> np.ndarray:
     return np.column_stack([util.rank_in_fold(column, fold) for column in prob.T])
 
 
-def auc(target: np.ndarray, prob: np.ndarray) -> float:
-    """Area under the ROC curve."""
-    return util.weighted_auc(target, prob, np.ones(len(target)))
-
-
 def fit_weights(values: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Weights (K,) by greedy forward selection with replacement for the AUC of values (N, K)."""
     counts = np.zeros(values.shape[1])
     best_counts, best = counts, -np.inf
     for _ in range(SELECTION_STEPS):
-        scores = [auc(target, values @ counts + column) for column in values.T]
+        scores = [util.weighted_auc(target, values @ counts + column) for column in values.T]
         counts = counts + np.eye(len(counts))[int(np.argmax(scores))]
         if max(scores) > best:  # a longer list must be better, not as good
             best_counts, best = counts, max(scores)
@@ -188,15 +183,14 @@ def main(args: argparse.Namespace) -> Path:
         weights, oof_prob = fit_weights(values, target), cross_fit(values, target, part)
         ranks, base = util.rank_in_fold(oof_prob, fold), util.rank_in_fold(values @ equal, fold)
         gain = {
-            "equal_weights_auc": auc(target, base),
-            "gain": auc(target, ranks) - auc(target, base),
+            "equal_weights_auc": util.weighted_auc(target, base),
+            "gain": util.weighted_auc(target, ranks) - util.weighted_auc(target, base),
             "gain_interval": difference_interval(target, ranks, base, group),
         }
 
     output_dir = util.claim_dir(args.runs_dir / args.name, "metrics.json", args.overwrite)
-    settings = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     config = {
-        "args": settings | {"data_dir": str(data.directory)},
+        "args": vars(args) | {"data_dir": data.directory},
         "members": [{"run": str(r), "weight": w} for r, w in zip(runs, weights, strict=True)],
         "data": {"folds_sha256": util.folds_sha256(data.train)},
         **util.provenance(),

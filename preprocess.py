@@ -12,7 +12,6 @@ into the table, so that boxes found later can be cut from the original file.
 
 import argparse
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,13 +67,7 @@ def write_images(
 
     found = [row for row, path in enumerate(paths) if path is not None]
     with util.new_array(array_path, (len(table), *shape)) as array:
-        with ThreadPoolExecutor(args.workers) as pool:
-            try:
-                jobs = pool.map(work, found)
-                list(tqdm(jobs, total=len(found), desc=array_path.name, unit="image"))
-            except InputError:
-                pool.shutdown(cancel_futures=True)
-                raise
+        util.run_threads(work, found, args.workers, array_path.name)
     kept = [row for row, size in enumerate(sizes) if size is not None]
     if not kept:
         raise InputError(f"none of the {len(table)} images of {array_path.stem} could be read")

@@ -310,7 +310,6 @@ def fit(trainer: Trainer, k: int, train: ImageDataset, valid: ImageDataset, run_
     """Train fold k until it is finished; its best epoch is in fold{k}_best.pt."""
     settings, progress = trainer.settings, trainer.progress
     valid_loader = dataset.eval_loader(valid, settings.batch_size, settings.workers)
-    ones = np.ones(len(valid))
     while not trainer.finished:
         epoch, start = progress["epoch"] + 1, time.monotonic()
         seed = epoch_seed(settings.seed, k, epoch)
@@ -322,7 +321,7 @@ def fit(trainer: Trainer, k: int, train: ImageDataset, valid: ImageDataset, run_
         train_loss = trainer.train_epoch(loader, f"fold {k} epoch {epoch}")
         rate = len(loader.sampler) / (time.monotonic() - start)
         prob = trainer.predict(valid_loader)
-        auc = util.weighted_auc(valid.target, prob, ones)
+        auc = util.weighted_auc(valid.target, prob)
         seconds = time.monotonic() - start
         logit = torch.from_numpy(prob).clamp(1e-7, 1 - 1e-7).logit().unsqueeze(1)
         valid_loss = LOSSES[settings.loss](logit, torch.from_numpy(valid.target).double()).item()

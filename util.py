@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -133,6 +134,18 @@ def read_json(path: Path, keys: Iterable[str] = ()) -> dict:
         if key not in content:
             raise InputError(f"{path} has no {key!r}: another version wrote it; make it again")
     return content
+
+
+def run_threads(work: Callable, items: Sequence, workers: int, name: str) -> None:
+    """Call work(item) for all items in threads, with a bar; bad input stops those not begun."""
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            list(tqdm(pool.map(work, items), total=len(items), desc=name, unit="image"))
+        except InputError:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def provenance() -> dict:
@@ -382,7 +395,7 @@ def read_crop(path: Path, box, original_size: tuple[int, int], size: int) -> np.
 
 
 # ---------------------------------------------------------------- metrics
-def weighted_auc(target: np.ndarray, prob: np.ndarray, weight: np.ndarray) -> float:
+def weighted_auc(target: np.ndarray, prob: np.ndarray, weight: np.ndarray | float = 1.0) -> float:
     """Area under the ROC curve of weighted rows, ties counted half; NaN with one class only."""
     level = np.unique(prob, return_inverse=True)[1]
     positive = np.bincount(level, weight * target)
@@ -426,7 +439,7 @@ def score(target: np.ndarray, prob: np.ndarray, group: np.ndarray) -> dict:
     result = {"rows": len(target), "positives": int(target.sum())}
     if 0 < target.sum() < len(target):
         return result | {
-            "auc": weighted_auc(target, prob, np.ones(len(target))),
+            "auc": weighted_auc(target, prob),
             "auc_interval": auc_interval(target, prob, group),
             "average_precision": float(average_precision_score(target, prob)),
             "partial_auc": partial_auc(target, prob),
@@ -536,7 +549,7 @@ def plot_roc(path: Path, oof: pd.DataFrame) -> None:
     axes = figure.subplots()
     for fold, rows in oof.groupby(FOLD):
         fpr, tpr, _ = roc_curve(rows[TARGET], rows[PROB])
-        auc = weighted_auc(rows[TARGET].to_numpy(), rows[PROB].to_numpy(), np.ones(len(rows)))
+        auc = weighted_auc(rows[TARGET].to_numpy(), rows[PROB].to_numpy())
         axes.plot(fpr, tpr, label=f"fold {fold}: AUC {auc:.3f}")
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="Held-out folds")

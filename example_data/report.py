@@ -27,7 +27,7 @@ def test_auc(run_dir: Path, labels: pd.Series) -> float:
     """AUC of a run's submission on the example test set."""
     submission = util.read_table(run_dir / "submission.csv", [TARGET])
     target = labels[submission[ID]].to_numpy()
-    return util.weighted_auc(target, submission[TARGET].to_numpy(), np.ones(len(target)))
+    return util.weighted_auc(target, submission[TARGET].to_numpy())
 
 
 def print_table(runs: list[Path], labels: pd.Series) -> None:
