@@ -19,6 +19,8 @@ from util import open_array
 
 META_COLUMNS = ("sex", "age_approx", "anatom_site_general_challenge")
 MISSING, UNKNOWN = "missing", "unknown"
+JITTER_SCALE, JITTER_SHIFT = (0.9, 1.25), 0.1  # of a box's side, while training on crops
+WHOLE_SHARE = 0.1  # of the crops in training that are the whole image instead
 
 
 class MetaEncoder:
@@ -125,14 +127,22 @@ class DrawHair(A.ImageOnlyTransform):
         return np.rint(img + alpha * (np.array(color, np.float32) - img)).astype(np.uint8)
 
 
-def train_transform(size: int) -> A.Compose:
-    """The original's augmentation: hair, flips, any rotation, brightness, contrast, saturation."""
+def train_transform(size: int, shift: int = 0) -> A.Compose:
+    """The original's augmentation: hair, flips, any rotation, brightness, contrast, saturation.
+
+    shift: also moves the image by up to so many pixels, for networks that cut it into chips.
+    """
     return A.Compose(
         [
             DrawHair(size),
             A.HorizontalFlip(p=0.5),
             A.VerticalFlip(p=0.5),
-            A.Rotate(limit=(-180, 180), border_mode=cv2.BORDER_REFLECT_101, p=1.0),
+            A.Affine(
+                rotate=(-180, 180),
+                translate_px=(-shift, shift),
+                border_mode=cv2.BORDER_REFLECT_101,
+                p=1.0,
+            ),
             A.ColorJitter(
                 brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(0, 0), p=1.0
             ),
@@ -145,17 +155,58 @@ def eval_transform() -> A.Compose:
     return A.Compose([])
 
 
-class ImageDataset(Dataset):
-    """Rows of a stored array with their metadata and target.
+class Stored:
+    """Images of an array, by row. Pickles small: the array is opened by the process that reads."""
 
-    The array is named by its path and opened in the process that reads it, so the dataset
-    pickles small and no worker gets a copy of the images.
+    def __init__(self, path, n_rows: int):
+        self.path, self.n_rows = path, n_rows
+        self._array: np.ndarray | None = None
 
-    Items are (image uint8 (3, S, S), meta float32 (M,), target float32 scalar).
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_array": None}
+
+    def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        """Image of a row: uint8 (S, S, 3)."""
+        if self._array is None:
+            self._array = open_array(self.path, self.n_rows)
+        return np.array(self._array[row])
+
+
+class Jittered:
+    """Crops for training: the box moved and scaled a little, now and then the whole image.
+
+    They are cut from wide crops, in which the box of row i is the square at x, y = place[i, :2]
+    with side place[i, 2], in fractions of the wide crop. So a network meets boxes as inexact as
+    those of new images will be, without an array per epoch.
     """
 
-    def __init__(self, path, n_rows: int, rows, meta, target=None, transform=None):
-        self.path, self.n_rows = path, n_rows
+    def __init__(self, wide: Stored, whole: Stored, place: np.ndarray, size: int):
+        self.wide, self.whole, self.place, self.size = wide, whole, place, size
+
+    def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        """A new crop of a row: uint8 (size, size, 3)."""
+        if rng.random() < WHOLE_SHARE:
+            return self.whole(row, rng)
+        picture = self.wide(row, rng)
+        x, y, side = self.place[row]
+        new = min(side * rng.uniform(*JITTER_SCALE), 1)
+        shift = rng.uniform(-JITTER_SHIFT, JITTER_SHIFT, 2) * side
+        corner = np.clip(np.array([x, y]) + (side - new) / 2 + shift, 0, 1 - new)
+        left, top, span = np.rint(np.array([*corner, new]) * len(picture)).astype(int)
+        cut = picture[top : top + span, left : left + span]
+        how = cv2.INTER_AREA if len(cut) > self.size else cv2.INTER_LINEAR
+        return cv2.resize(cut, (self.size, self.size), interpolation=how)
+
+
+class ImageDataset(Dataset):
+    """Rows of one or more image sources with their metadata and target.
+
+    sources: Stored, or Jittered; with two of them (whole image and crop) their pictures are
+    stacked. Items are (image uint8 (3 * sources, S, S), meta float32 (M,), target float32).
+    """
+
+    def __init__(self, sources: list, rows, meta, target=None, transform=None):
+        self.sources = sources
         self.rows = np.asarray(rows)
         self.meta = np.asarray(meta, dtype=np.float32)
         self.target = np.zeros(len(self.rows)) if target is None else np.asarray(target)
@@ -165,20 +216,17 @@ class ImageDataset(Dataset):
                 "targets do not match"
             )
         self.transform = transform or eval_transform()
-        self._array: np.ndarray | None = None
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_array": None}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self._array is None:
-            self._array = open_array(self.path, self.n_rows)
-        image = self.transform(image=np.array(self._array[self.rows[i]]))["image"]
+        rng = self.transform.random_generator
+        pictures = [source(self.rows[i], rng) for source in self.sources]
+        pictures = [self.transform(image=picture)["image"] for picture in pictures]
+        image = np.concatenate([picture.transpose(2, 0, 1) for picture in pictures])
         return (
-            torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
+            torch.from_numpy(image),
             torch.from_numpy(self.meta[i]),
             torch.tensor(self.target[i], dtype=torch.float32),
         )

@@ -1,30 +1,48 @@
 """Where to look: maps, from maps to boxes, from boxes to pictures.
 
 A map (h, w) covers the centre square of an original image; a box lies in the original's pixels.
+Maps come from anything with attention(image, views) -> (N, h, w), positive, summing to 1: a
+ChipNet, a Saliency (no labels), a GradCam (any trained network), or a Product of them.
 
     box = find_box(attention, image_size=(width, height))
 
 References:
     C. Careaga, attention_guided_cropping (2020): the rule "original".
-    The thresholds of "component" come from a simulation and are kept in one place below.
+    Zhu et al., Saliency Optimization from Robust Background Detection, CVPR 2014: what is cut
+    off by the frame is rarely the subject.
+    Zhang et al., Rethinking the Route Towards Weakly Supervised Object Localization, CVPR 2020:
+    training a localiser on its own pseudo labels.
+    Selvaraju et al., Grad-CAM, ICCV 2017; Zhou et al., Learning Deep Features for Discriminative
+    Localization, CVPR 2016: the closed form.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 import torch
+from torch import nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
+# map -> box. Tuned on two folds of real dermoscopy images, reported on the third.
 GRID = 224  # side of the raster on which maps are thresholded; boxes scale with the original
-SIGMA = GRID / 19  # smoothing: one chip's noise must not set the maximum
+SMOOTHING = 3 / 8  # of a cell: the noise of one cell must not set the maximum
 BACKGROUND = 20  # percentile of the map that counts as "nothing here"
-THRESHOLD = 0.3  # of the maximum; low, because a threshold at mean + k * std caps the area
-KEEP = 0.2  # blobs with this share of the heaviest blob's mass are part of the lesion
-PAD = 0.15  # of the blob's side, on each side: border and context are diagnostic
-MIN_SIDE = 64 / 224  # of the square; smaller crops only magnify JPEG noise
+THRESHOLD = 0.2  # of the maximum; low, because a threshold at mean + k * std caps the area
+KEEP = 0.4  # blobs with this share of the heaviest blob's weight are part of the lesion
+CENTRE = 0.25  # of the side: width of the prior that photographers centre the subject
+PAD = 0.18  # of the blob's side, on each side: border and context are diagnostic
+MIN_SIDE = 0.2  # of the square; smaller crops only magnify JPEG noise
 FULL_SIDE = 0.85  # of the square; larger crops gain nothing over the whole
 FLAT = 0.985  # normalised entropy above which a map says nothing
+
+# saliency
+SALIENCY_STRIDES = (4, 8, 16)  # of the feature maps that are read; the map has stride 4
+BORDER = 3  # cells around the frame that stand for the background
+FIT_IMAGES, FIT_PIXELS = 256, 256  # images to learn from, and pixels of each
+FIT_C = 1e-4  # inverse strength of its L2 penalty
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,7 @@ class Box:
     x1: float
     y1: float
     reason: str = ""
-    confidence: float = 0.0  # 1 - normalised entropy of the map: 0 uniform, 1 a single cell
+    confidence: float = 0.0  # share of the map in the box less the box's share of the square
 
     @property
     def side(self) -> float:
@@ -49,22 +67,257 @@ class Box:
 
 
 # ---------------------------------------------------------------- maps
-@torch.inference_mode()
+@torch.no_grad()
 def attention_maps(
-    networks: list, array: np.ndarray, device, views: int = 1, batch_size: int = 64, desc: str = ""
+    sources: list, array: np.ndarray, device, views: int = 1, batch_size: int = 64, desc: str = ""
 ) -> np.ndarray:
-    """Mean attention of several networks: array (N, S, S, 3) uint8 -> float32 (N, h, w).
-
-    Networks offer attention(image, views) -> (N, h, w), positive, summing to 1.
-    """
+    """Mean attention of several sources: array (N, S, S, 3) uint8 -> float32 (N, h, w)."""
     maps = []
     starts = range(0, len(array), batch_size)
     for start in tqdm(starts, desc=desc or "attention", unit="batch", leave=False):
         image = torch.from_numpy(np.array(array[start : start + batch_size]))
         image = image.permute(0, 3, 1, 2).to(device)
-        each = [network.attention(image, views) for network in networks]
+        each = [source.attention(image, views) for source in sources]
         maps.append(torch.stack(each).mean(dim=0).float().cpu().numpy())
     return np.concatenate(maps)
+
+
+def normalised(score: torch.Tensor) -> torch.Tensor:
+    """Maps (N, h, w), not negative, scaled to sum 1; a map of zeros becomes uniform."""
+    score = score + torch.finfo(torch.float32).tiny
+    return score / score.sum(dim=(1, 2), keepdim=True)
+
+
+def find_stages(network: nn.Module, image: torch.Tensor) -> dict[int, str]:
+    """Names of the modules of network.backbone that end a stage, by their stride.
+
+    Of all modules with an output (N, C, S / stride, S / stride), the least nested and of those
+    the last: the output of a stage, not of a layer inside one of its blocks.
+    """
+    found: dict[int, tuple[int, str]] = {}
+
+    def record(name: str):
+        def hook(module, inputs, output):
+            if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[-1] > 1:
+                stride = round(image.shape[-1] / output.shape[-1])
+                depth = name.count(".")
+                if stride not in found or depth <= found[stride][0]:
+                    found[stride] = depth, name
+
+        return hook
+
+    modules = [(name, module) for name, module in network.backbone.named_modules() if name]
+    handles = [module.register_forward_hook(record(name)) for name, module in modules]
+    try:
+        network.backbone(network.normalise(image[:1]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {stride: name for stride, (_, name) in found.items()}
+
+
+def run_backbone(network: nn.Module, names: list[str], forward: Callable) -> tuple:
+    """(what forward() returns, outputs of the named modules of network.backbone)."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def record(name: str):
+        return lambda module, inputs, output: outputs.update({name: output})
+
+    handles = [
+        network.backbone.get_submodule(name).register_forward_hook(record(name)) for name in names
+    ]
+    try:
+        result = forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result, [outputs[name] for name in names]
+
+
+def mean_over_views(attend: Callable, image: torch.Tensor, views: int) -> torch.Tensor:
+    """attend(image) -> (N, h, w) averaged over flips and transposition, as models.dihedral."""
+    maps = []
+    for view in range(views):
+        flips = [dim for dim, bit in ((-1, 1), (-2, 2)) if view & bit]
+        turned = image.flip(flips)
+        attention = attend(turned.transpose(-1, -2) if view & 4 else turned)
+        attention = attention.transpose(-1, -2) if view & 4 else attention
+        maps.append(attention.flip(flips))
+    return torch.stack(maps).mean(dim=0)
+
+
+class Saliency:
+    """What differs from the background, told by the features of a network that knows no lesion.
+
+    A linear score on multi-scale features, their contrast to the border of the picture, and the
+    Mahalanobis distance of the colour from the border's. Without a score it is that distance.
+    """
+
+    def __init__(self, network: nn.Module, weight: torch.Tensor | None = None, bias: float = 0.0):
+        self.network, self.weight, self.bias = network, weight, bias
+        self._stages: list[str] | None = None
+
+    def features(self, image: torch.Tensor) -> torch.Tensor:
+        """image uint8 (N, 3, S, S) -> (N, D, S / 4, S / 4); the last channel is the distance."""
+        if self._stages is None:
+            found = find_stages(self.network, image)
+            if not set(SALIENCY_STRIDES) <= found.keys():
+                raise ValueError("saliency needs a convolutional backbone such as resnet50")
+            self._stages = [found[stride] for stride in SALIENCY_STRIDES]
+        network = self.network
+        _, stages = run_backbone(
+            network, self._stages, lambda: network.backbone(network.normalise(image))
+        )
+        grid = stages[0].shape[-1]
+        color = F.adaptive_avg_pool2d(image.float() / 255, grid)
+        color = F.avg_pool2d(F.pad(color, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        scaled = [F.interpolate(x.float(), size=(grid, grid), mode="bilinear") for x in stages]
+        x = torch.cat([*scaled, color], dim=1)
+        border = torch.ones(grid, grid, dtype=torch.bool, device=x.device)
+        border[BORDER:-BORDER, BORDER:-BORDER] = False
+        contrast = x - x[:, :, border].median(dim=2).values[:, :, None, None]
+        distance = background_distance(color, border).log1p()
+        return torch.cat([x, contrast, distance.unsqueeze(1)], dim=1)
+
+    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """image uint8 (N, 3, S, S) -> attention (N, S / 4, S / 4)."""
+
+        def attend(image: torch.Tensor) -> torch.Tensor:
+            features = self.features(image)
+            if self.weight is None:
+                return normalised(features[:, -1].expm1())
+            score = torch.einsum("ndhw,d->nhw", features, self.weight.to(features)) + self.bias
+            return normalised(score.sigmoid())
+
+        return mean_over_views(attend, image, views)
+
+
+def background_distance(color: torch.Tensor, border: torch.Tensor) -> torch.Tensor:
+    """Mahalanobis distance (N, n, n) of colours (N, 3, n, n) in 0..1 from those of the border.
+
+    The border's colours are described without the 30 % farthest from their median (hair, ruler,
+    a lesion that reaches it), with a floor of 1.4 % of the range on their spread.
+    """
+    sample = color[:, :, border].transpose(1, 2)  # (N, P, 3)
+    away = (sample - sample.median(dim=1, keepdim=True).values).square().sum(dim=2)
+    nearest = away.argsort(dim=1)[:, : int(0.7 * sample.shape[1])]
+    sample = sample.gather(1, nearest.unsqueeze(2).expand(-1, -1, 3))
+    mean = sample.mean(dim=1, keepdim=True)
+    centred = sample - mean
+    spread = centred.transpose(1, 2) @ centred / sample.shape[1]
+    spread = spread + 2e-4 * torch.eye(3, device=color.device)
+    offset = color - mean.transpose(1, 2).unsqueeze(3)
+    solved = torch.linalg.solve(spread, offset.flatten(2))
+    return (offset.flatten(2) * solved).sum(dim=1).clamp_min(0).sqrt().view_as(color[:, 0])
+
+
+def fit_saliency(
+    network: nn.Module, array: np.ndarray, rows: np.ndarray, device, seed: int = 0
+) -> Saliency:
+    """Learn a Saliency from some rows of images (N, S, S, 3) uint8 alone, no labels.
+
+    Pseudo labels are the blobs that stand out from the border's colours; a logistic regression
+    on the features keeps what these blobs have in common over all images.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(seed)
+    contrast, inputs, labels = Saliency(network), [], []
+    with torch.no_grad():
+        chosen = np.sort(rng.permutation(rows)[:FIT_IMAGES])
+        for row in tqdm(chosen, desc="saliency", unit="image", leave=False):
+            image = torch.from_numpy(np.array(array[row])).permute(2, 0, 1)[None].to(device)
+            features = contrast.features(image)[0].cpu().numpy()  # (D, n, n)
+            distance = np.expm1(features[-1])
+            blobs = pick_blobs(distance, otsu(distance))
+            pixels = rng.choice(blobs.size, FIT_PIXELS, replace=False)
+            inputs.append(features.reshape(len(features), -1)[:, pixels].T)
+            labels.append(blobs.ravel()[pixels])
+    scaler = StandardScaler().fit(np.concatenate(inputs))
+    fit = LogisticRegression(C=FIT_C, max_iter=200)
+    fit.fit(scaler.transform(np.concatenate(inputs)), np.concatenate(labels))
+    weight = fit.coef_[0] / scaler.scale_
+    bias = float(fit.intercept_[0] - weight @ scaler.mean_)
+    return Saliency(network, torch.tensor(weight, dtype=torch.float32), bias)
+
+
+class GradCam:
+    """Where a trained network finds evidence, for either class: |Grad-CAM - its median|.
+
+    Grad-CAM of the logit on the last feature map, its sign kept. Where the head is pooling and
+    one linear layer it is computed in closed form, without a backward pass.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+        self._stage: str | None = None
+
+    def cam(self, image: torch.Tensor) -> torch.Tensor:
+        """image uint8 (N, 3, S, S) -> signed class activation map of the logit (N, h, w)."""
+        network = self.network
+        if self._stage is None:
+            found = find_stages(network, image)
+            if not found:
+                raise ValueError("Grad-CAM needs a convolutional backbone such as resnet50")
+            self._stage = found[max(found)]
+        pooled, (maps,) = run_backbone(
+            network, [self._stage], lambda: network.backbone(network.normalise(image))
+        )
+        if maps.shape[1] == pooled.shape[1] and torch.allclose(
+            maps.mean(dim=(2, 3)), pooled, rtol=1e-3, atol=1e-5
+        ):
+            weight = network.head[-1].weight[0, : maps.shape[1]]
+            return torch.einsum("nchw,c->nhw", maps, weight) / maps[0, 0].numel()
+        return self.cam_by_gradient(image)
+
+    def cam_by_gradient(self, image: torch.Tensor) -> torch.Tensor:
+        """The same by back-propagation, for any head."""
+        network = self.network
+        meta = torch.zeros(len(image), network.meta_dim, device=image.device)
+        with torch.enable_grad():
+            logit, (maps,) = run_backbone(network, [self._stage], lambda: network(image, meta))
+            (gradient,) = torch.autograd.grad(logit.sum(), maps)
+        return (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).detach()
+
+    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """image uint8 (N, 3, S, S) -> attention (N, h, w)."""
+
+        def attend(image: torch.Tensor) -> torch.Tensor:
+            cam = self.cam(image)
+            median = cam.flatten(1).median(dim=1).values[:, None, None]
+            return normalised((cam - median).abs())
+
+        return mean_over_views(attend, image, views)
+
+
+NETWORK_SOURCES = ("attention", "gradcam", "attention*saliency")  # those that need a run
+SOURCES = (*NETWORK_SOURCES, "saliency", "boxes")
+
+
+def make_source(kind: str, network, saliency: Saliency | None, shifts: int):
+    """The source of maps of that kind, from a trained network and a Saliency where it has them."""
+    if "attention" in kind:
+        network.shifts = shifts
+    if kind == "gradcam":
+        return GradCam(network)
+    if kind == "attention*saliency":
+        return Product(network, saliency)
+    return network if kind == "attention" else saliency
+
+
+class Product:
+    """Cell by cell product of two maps, on the finer grid: where both look."""
+
+    def __init__(self, first, second):
+        self.sources = first, second
+
+    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """image uint8 (N, 3, S, S) -> attention (N, h, w)."""
+        maps = [source.attention(image, views).unsqueeze(1) for source in self.sources]
+        size = max(tuple(m.shape[-2:]) for m in maps)
+        fine = [F.interpolate(m, size=size, mode="bilinear") for m in maps]
+        return normalised((fine[0] * fine[1]).squeeze(1))
 
 
 def upsample(attention: np.ndarray, size: int = GRID) -> np.ndarray:
@@ -96,25 +349,73 @@ def original_rule(attention: np.ndarray, num_devs: float):
     return bounding_square(mask, pad=0)
 
 
+def otsu(raster: np.ndarray) -> float:
+    """Otsu's threshold of a map: the best split into two levels."""
+    low, high = float(raster.min()), float(raster.max())
+    levels = np.rint((raster - low) / max(high - low, 1e-12) * 255).astype(np.uint8)
+    level, _ = cv2.threshold(levels, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+    return low + (level + 0.5) / 255 * (high - low)
+
+
+def pick_blobs(raster: np.ndarray, threshold: float) -> np.ndarray:
+    """Blobs of a map (n, n) above a threshold that are, or belong to, the subject: bool (n, n).
+
+    A blob counts by its mass, less far from the centre, and less where the frame cuts it off.
+    """
+    mask = (raster >= threshold).astype(np.uint8)
+    count, labels = cv2.connectedComponents(mask, connectivity=8)
+    offset = (np.arange(len(raster)) + 0.5) / len(raster) - 0.5
+    prior = np.exp(-(offset[:, None] ** 2 + offset**2) / (2 * CENTRE**2))
+    weight = np.bincount(labels.ravel(), (raster * prior).ravel(), minlength=count)
+    frame = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
+    on_frame = np.bincount(frame, minlength=count)
+    weight *= np.exp(-on_frame / np.sqrt(np.bincount(labels.ravel(), minlength=count)))
+    weight[0] = 0  # label 0 is the background
+    return ((weight >= KEEP * weight.max()) & (weight > 0))[labels]
+
+
 def component_rule(attention: np.ndarray, num_devs: float):
     """Square around the heaviest blobs of the smoothed map, or a reason."""
     if entropy(attention) > FLAT:
         return "flat map"
-    raster = cv2.GaussianBlur(upsample(attention), (0, 0), SIGMA, borderType=cv2.BORDER_REFLECT)
+    sigma = SMOOTHING * GRID / len(attention)
+    raster = cv2.GaussianBlur(upsample(attention), (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
     raster = np.maximum(raster - np.percentile(raster, BACKGROUND), 0)
     if raster.max() <= 0:
         return "flat map"
-    mask = (raster >= THRESHOLD * raster.max()).astype(np.uint8)
-    count, labels = cv2.connectedComponents(mask, connectivity=8)
-    mass = np.bincount(labels.ravel(), raster.ravel(), minlength=count)
-    mass[0] = 0  # label 0 is the background
-    x, y, side = bounding_square((mass >= KEEP * mass.max())[labels], PAD)
+    x, y, side = bounding_square(pick_blobs(raster, THRESHOLD * raster.max()), PAD)
     if side >= FULL_SIDE * GRID:
         return "fills the image"
     return x, y, max(side, MIN_SIDE * GRID)
 
 
+def fit_in(x: float, y: float, side: float, frame: tuple) -> tuple[float, float]:
+    """Upper left corner of the square around (x, y), shifted into a frame (x0, y0, x1, y1)."""
+    x0 = float(np.clip(x - side / 2, frame[0], frame[2] - side))
+    y0 = float(np.clip(y - side / 2, frame[1], frame[3] - side))
+    return x0, y0
+
+
+def widen(box: Box, factor: float, image_size: tuple[int, int]) -> Box:
+    """A box around a box, `factor` times as wide where the original has the room."""
+    side = min(box.side * factor, *image_size)
+    middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
+    x0, y0 = fit_in(*middle, side, (0, 0, *image_size))
+    return Box(x0, y0, x0 + side, y0 + side)
+
+
 RULES = {"component": component_rule, "original": original_rule}
+
+
+def excess_mass(attention: np.ndarray, box: Box, square: tuple[float, float, float]) -> float:
+    """Share of a map inside a box, less the share of the square (left, top, side) it covers: 0
+    where the map is uniform, near 1 where all of it lies in a small box."""
+    left, top, side = square
+    raster = upsample(attention)
+    edges = (np.array(box.scaled(1)) - [left, top, left, top]) * GRID / side
+    x0, y0, x1, y1 = np.clip(np.rint(edges), 0, GRID).astype(int)
+    inside = raster[y0:y1, x0:x1]
+    return max(float(inside.sum() / raster.sum() - inside.size / raster.size), 0.0)
 
 
 def find_box(
@@ -133,16 +434,15 @@ def find_box(
     short = min(width, height)
     left, top = (width - short) / 2, (height - short) / 2
     finite = np.isfinite(attention).all() and attention.sum() > 0
-    confidence = 1 - entropy(attention) if finite else 0.0
     found = RULES[rule](attention, num_devs) if finite else "map is not finite"
     if isinstance(found, str):
-        return Box(left, top, left + short, top + short, found, confidence)
+        return Box(left, top, left + short, top + short, found)
     scale = short / GRID
     x, y, side = left + found[0] * scale, top + found[1] * scale, min(found[2] * scale, short)
     frame = (left, top, left + short, top + short) if rule == "original" else (0, 0, width, height)
-    x0 = float(np.clip(x - side / 2, frame[0], frame[2] - side))
-    y0 = float(np.clip(y - side / 2, frame[1], frame[3] - side))
-    return Box(x0, y0, x0 + side, y0 + side, "", confidence)
+    x0, y0 = fit_in(x, y, side, frame)
+    box = Box(x0, y0, x0 + side, y0 + side)
+    return replace(box, confidence=excess_mass(attention, box, (left, top, short)))
 
 
 # ---------------------------------------------------------------- pictures

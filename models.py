@@ -6,6 +6,7 @@ input itself, knows its parameter groups, and is rebuilt from the spec in its ch
 
 References:
     C. Careaga, attention_guided_cropping (2020): MetaResNet and ChipNet, their learning rates.
+    Guan et al., Diagnose like a Radiologist (AG-CNN), 2018: the fusion of whole image and crop.
 """
 
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision import models as tv
 from torchvision.models.regnet import BlockParams, RegNet
 
@@ -175,7 +177,8 @@ class Network(nn.Module):
 class MetaResNet(Network):
     """Image features and metadata features, concatenated, one linear head.
 
-    Any backbone serves; without metadata (meta_dim 0) the second branch is absent.
+    Any backbone serves; without metadata (meta_dim 0) the second branch is absent. With several
+    pictures of a case (whole image and crop) one backbone reads each, and the head reads all.
     """
 
     def __init__(
@@ -186,8 +189,10 @@ class MetaResNet(Network):
         meta_dim: int,
         meta_hidden: int,
         dropout: float,
+        pictures: int = 1,
     ):
         super().__init__(backbone, weights, image_size, input_size=image_size)
+        self.meta_dim, self.pictures = meta_dim, pictures
         self.meta_branch = None
         if meta_dim:
             self.meta_branch = nn.Sequential(
@@ -196,15 +201,22 @@ class MetaResNet(Network):
                 nn.Linear(meta_hidden, meta_hidden),
                 nn.ReLU(inplace=True),
             )
-        width = self.features + (meta_hidden if meta_dim else 0)
+        width = self.features * pictures + (meta_hidden if meta_dim else 0)
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, 1))
 
     def forward(self, image: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-        """image (N, 3, S, S), meta (N, M) -> logit (N, 1)."""
-        features = self.backbone(self.normalise(image))  # (N, C)
+        """image (N, 3 * pictures, S, S), meta (N, M) -> logit (N, 1)."""
+        n, _, height, width = image.shape
+        image = image.reshape(n * self.pictures, 3, height, width)
+        features = self.backbone(self.normalise(image)).view(n, -1)  # (N, C * pictures)
         if self.meta_branch is not None:
             features = torch.cat([features, self.meta_branch(meta)], dim=1)
         return self.head(features)
+
+
+def spatial_softmax(score: torch.Tensor) -> torch.Tensor:
+    """Softmax over the cells of maps (N, h, w)."""
+    return score.flatten(1).softmax(dim=1).view_as(score)
 
 
 class ChipNet(Network):
@@ -213,6 +225,8 @@ class ChipNet(Network):
     Chips of 32 px go through the backbone one by one; two 3x3 convolutions over their grid of
     embeddings and a softmax weigh them; the weighted sum is classified. Metadata is not used.
     """
+
+    shifts = 1  # 2: attention of chips that overlap by half, on a grid twice as fine
 
     def __init__(
         self, backbone: str, weights: str, image_size: int, attention_hidden: int, dropout: float
@@ -239,14 +253,34 @@ class ChipNet(Network):
 
     def weigh(self, embedding: torch.Tensor) -> torch.Tensor:
         """Embeddings (N, C, h, w) -> attention (N, h, w), positive, sums to 1."""
-        score = self.scorer(embedding).squeeze(1)
-        return score.flatten(1).softmax(dim=1).view_as(score)
+        return spatial_softmax(self.scorer(embedding).squeeze(1))
+
+    def fine_attention(self, image: torch.Tensor) -> torch.Tensor:
+        """image (N, 3, S, S) -> attention (N, 2h, 2w) of chips that overlap by half.
+
+        The chips of four grids, shifted by half a chip, lie centred on 8 + 16 i pixels; their
+        scores are interleaved before one softmax.
+        """
+        half = CHIP // 2
+        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        padded = F.pad(image, (half // 2,) * 4, mode="reflect")
+        rows = []
+        for y in (0, half):
+            row = []
+            for x in (0, half):
+                shifted = padded[..., y : y + image.shape[-2], x : x + image.shape[-1]]
+                row.append(self.scorer(self.embed(shifted)).squeeze(1))
+            rows.append(torch.stack(row, dim=-1).flatten(2))  # (N, h, 2w)
+        return spatial_softmax(torch.stack(rows, dim=2).flatten(1, 2))
 
     def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
-        """Attention (N, h, w) averaged over the first `views` symmetries of the square."""
+        """Attention averaged over the first `views` symmetries of the square, positive, sums to 1:
+        (N, h, w), or (N, 2h, 2w) with self.shifts 2."""
         maps = []
         for view in range(views):
-            attention = self.weigh(self.embed(dihedral(image, view)))
+            turned = dihedral(image, view)
+            fine = self.shifts == 2
+            attention = self.fine_attention(turned) if fine else self.weigh(self.embed(turned))
             maps.append(dihedral(attention, view, inverse=True))
         return torch.stack(maps).mean(dim=0)
 
@@ -267,13 +301,14 @@ class Recipe:
     head_lr: float  # of everything else
     hidden: int  # width of the metadata branch or of the attention
     gated: bool = False
-    cropped: bool = False  # looks at the crops of crop.py
+    inputs: tuple[str, ...] = ("whole",)  # pictures it sees: the whole image, the crop of crop.py
 
 
 MODELS = {
     "resnet": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256),
     "chipnet": Recipe(ChipNet, "resnet50", 5e-5, 1e-4, 512),
-    "cropnet": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256, cropped=True),
+    "cropnet": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256, inputs=("crop",)),
+    "fusion": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256, inputs=("whole", "crop")),
     "fsg_vit": Recipe(MetaResNet, "vit_b_16", 1e-5, 5e-5, 256, gated=True),
 }
 
@@ -288,7 +323,12 @@ def build_model(spec: dict, weights: str = "none") -> Network:
     if recipe.network is ChipNet:
         model = make(attention_hidden=spec["hidden"], dropout=spec["dropout"])
     else:
-        model = make(spec["meta_dim"], meta_hidden=spec["hidden"], dropout=spec["dropout"])
+        model = make(
+            spec["meta_dim"],
+            meta_hidden=spec["hidden"],
+            dropout=spec["dropout"],
+            pictures=len(recipe.inputs),
+        )
     if spec["gates"] is not None:
         try:
             fsg.add_gates(model.backbone, init=spec["gates"])
@@ -384,4 +424,3 @@ def predict(model: Network, loader, device: torch.device, tta: int = 1, amp: str
         logit = torch.stack(views).float().cpu().double()  # MPS knows no double
         probs.append(logit.sigmoid().mean(dim=0).squeeze(1).numpy())
     return np.concatenate(probs)
-

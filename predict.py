@@ -7,8 +7,8 @@ Writes  --output/: predictions.csv (probability, one column per member of a blen
     python predict.py --run runs/ensemble path/to/images
     python predict.py --run runs/chipnet one.jpg two.png --csv metadata.csv
 
-Images take the way the training images took: centre square, for cropnet the attention and box
-rule its crops were made with, and the metadata encoder of each network.
+Images take the way the training images took: centre square, for cropnet and fusion the maps and
+box rule their crops were made with, and the metadata encoder of each network.
 """
 
 import argparse
@@ -34,12 +34,18 @@ from util import FOLD, ID, PROB, InputError
 CHUNK = 64  # images in memory at a time
 BATCH = 32
 THUMBNAIL = 448  # longest side, in pixels, of the picture an image is drawn from
-WHOLE_IMAGE_RULE = {"rule": "component", "num_devs": 1.5, "views": 8}  # where no crops were made
+CHIPNET_LOOK = {
+    "source": "attention",
+    "rule": "component",
+    "num_devs": 1.5,
+    "views": 8,
+    "shifts": 2,
+}  # how the boxes of a ChipNet are found where no crops were made
 
 
 @dataclass
 class Look:
-    """Where a ChipNet looked: attention (N, h, w), boxes and crops (N, S, S, 3)."""
+    """Where a run looked: maps (N, h, w), boxes and crops (N, S, S, 3)."""
 
     maps: np.ndarray
     boxes: list[Box]
@@ -57,6 +63,52 @@ class Images:
     looks: dict[str, Look] = field(default_factory=dict)  # shared by the members of a blend
 
 
+class Localizer:
+    """Finds boxes in new images as crop.py found those of the training images."""
+
+    def __init__(self, facts: dict, crop_dir: Path | None, device: torch.device):
+        kind, self.facts, self.device = facts["source"], facts, device
+        if kind == "boxes":
+            raise InputError(
+                f"{crop_dir} was cut by the boxes of {facts['boxes']}; new images have none, so "
+                "predict with a run on crops of another --source"
+            )
+        self.key = " ".join(str(facts[name]) for name in ("run", *CHIPNET_LOOK))
+        run_dir, networks, saliencies = Path(facts["run"]), {}, {}
+        if kind in localize.NETWORK_SOURCES:
+            paths = {k: run_dir / f"fold{k}_best.pt" for k in facts["folds"]}
+            networks = {k: models.load_checkpoint(path, device)[0] for k, path in paths.items()}
+        if "saliency" in kind:
+            network, content = models.load_checkpoint(crop_dir / "saliency.pt", device)
+            saliencies = {
+                int(k): localize.Saliency(network, **part)
+                for k, part in content["saliency"].items()
+            }
+            self.key += f" {crop_dir}"
+        self.sources = [
+            localize.make_source(kind, networks.get(k), saliencies.get(k), facts["shifts"])
+            for k in facts["folds"]
+        ]
+
+    def look(self, images: Images, size: int) -> Look:
+        """Maps, boxes and crops of `size` px, found once per set of images."""
+        if self.key not in images.looks:
+            facts = self.facts
+            maps = localize.attention_maps(
+                self.sources, images.squares, self.device, facts["views"], BATCH
+            )
+            boxes = [
+                localize.find_box(attention, original, facts["rule"], facts["num_devs"])
+                for attention, original in zip(maps, images.sizes, strict=True)
+            ]
+            crops = [
+                util.read_crops(path, [box], [size], original)[0]
+                for path, box, original in zip(images.paths, boxes, images.sizes, strict=True)
+            ]
+            images.looks[self.key] = Look(maps, boxes, np.stack(crops))
+        return images.looks[self.key]
+
+
 class Run:
     """A trained run: its networks by fold and the way their images are made."""
 
@@ -69,38 +121,25 @@ class Run:
             network, content = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)
             self.networks[k], self.encoders[k] = network, MetaEncoder(content["encoder"])
             self.size = content["spec"]["image_size"]
-        self.sees_crops = config["crop"] is not None
-        self.crop, self.chipnet = config["crop"] or WHOLE_IMAGE_RULE, None
+        self.inputs = models.MODELS[config["args"]["model"]].inputs
+        self.sees_crops, self.localizer = config["crop"] is not None, None
         if self.sees_crops:
-            chipnet_dir = Path(config["crop"]["run"])
-            self.chipnet = Run(chipnet_dir, util.read_config(chipnet_dir), device, 1)
-        elif hasattr(network, "attention"):
-            self.chipnet = self
+            crop_dir = Path(config["args"]["crop_dir"])
+            self.localizer = Localizer(config["crop"], crop_dir, device)
+        elif isinstance(network, models.ChipNet):
+            facts = CHIPNET_LOOK | {"run": run_dir, "folds": list(self.networks)}
+            self.localizer = Localizer(facts, None, device)
 
     def look(self, images: Images) -> Look | None:
-        """Where this run's ChipNet looks; None for a run that has none."""
-        if self.chipnet is None:
-            return None
-        key = f"{self.chipnet.name} {self.crop['rule']} {self.crop['num_devs']}"
-        if key not in images.looks:
-            networks = list(self.chipnet.networks.values())
-            maps = localize.attention_maps(
-                networks, images.squares, self.device, self.crop["views"], BATCH
-            )
-            boxes = [
-                localize.find_box(attention, size, self.crop["rule"], self.crop["num_devs"])
-                for attention, size in zip(maps, images.sizes, strict=True)
-            ]
-            crops = [
-                util.read_crop(path, box, size, self.size)
-                for path, box, size in zip(images.paths, boxes, images.sizes, strict=True)
-            ]
-            images.looks[key] = Look(maps, boxes, np.stack(crops))
-        return images.looks[key]
+        """Where this run looks; None for a run that does not look anywhere in particular."""
+        return None if self.localizer is None else self.localizer.look(images, self.size)
 
     def predict(self, images: Images, columns: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
         """Probability (N,) by fold; the mean goes into `columns` under the run's name."""
-        array = self.look(images).crops if self.sees_crops else images.squares
+        array = images.squares
+        if self.sees_crops:
+            crops = self.look(images).crops
+            array = np.concatenate([array, crops], axis=3) if len(self.inputs) > 1 else crops
         probs = {}
         for k, network in self.networks.items():
             meta = self.encoders[k].encode(images.table)

@@ -74,8 +74,10 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     for key in ("backbone", "lr", "head_lr", "hidden"):
         if getattr(settings, key) is None:
             setattr(settings, key, getattr(recipe, key))
-    if recipe.cropped and args.crop_dir is None:
+    if "crop" in recipe.inputs and args.crop_dir is None:
         settings.crop_dir = args.data_dir / "crops" / "chipnet"
+    if settings.crop_dir is None:
+        settings.jitter = None
     settings.name = args.name or args.model
     if not recipe.gated:
         settings.gate_init, settings.gate_lr, settings.routing = None, None, "off"
@@ -92,22 +94,51 @@ def parse_folds(words: list[str], n_folds: int) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def find_arrays(settings: argparse.Namespace, data: util.Data) -> tuple[dict, dict, dict | None]:
-    """Paths of the arrays by split, their recorded hashes, and crop.json where crops are used."""
-    directory, hashes, crop = data.directory, data.facts["sha256"], None
+def find_arrays(settings: argparse.Namespace, data: util.Data) -> tuple[dict, dict | None]:
+    """Recorded hashes of the arrays to read, and crop.json where crops are used."""
+    needed, crop = {}, None
+    inputs = models.MODELS[settings.model].inputs
+    if settings.crop_dir is None or len(inputs) > 1 or settings.jitter:
+        for split in data.tables():
+            path = util.array_path(data.directory, split, data.size)
+            needed[path] = data.facts["sha256"][path.name]
     if settings.crop_dir is not None:
-        directory = settings.crop_dir
-        crop = util.read_json(directory / "crop.json", ("folds_sha256", "run", "sha256"))
-        hashes = crop["sha256"]
+        keys = ("folds_sha256", "source", "sha256", "wide_size")
+        crop = util.read_json(settings.crop_dir / "crop.json", keys)
         if crop["folds_sha256"] != util.folds_sha256(data.train):
             raise InputError(
-                f"{directory} was cropped for other folds than {data.directory} has; run crop.py "
-                "again, or the validation images would have been seen"
+                f"{settings.crop_dir} was cropped for other folds than {data.directory} has; run "
+                "crop.py again, or the validation images would have been seen"
             )
-    paths = {split: util.array_path(directory, split, data.size) for split in data.tables()}
-    for split, table in data.tables().items():
-        util.open_array(paths[split], len(table))
-    return paths, {path.name: hashes[path.name] for path in paths.values()}, crop
+        splits = [(split, data.size) for split in data.tables()]
+        splits += [("train_wide", crop["wide_size"])] if settings.jitter else []
+        for split, size in splits:
+            path = util.array_path(settings.crop_dir, split, size)
+            needed[path] = crop["sha256"][path.name]
+    for path in needed:
+        table = data.test if path.name.startswith("test") else data.train
+        util.open_array(path, len(table))
+    return {f"{path.parent.name}/{path.name}": value for path, value in needed.items()}, crop
+
+
+def image_sources(
+    settings: argparse.Namespace, data: util.Data, split: str, crop: dict | None, jitter: bool
+) -> list:
+    """Where the pictures of a split come from, one source per picture that the model sees."""
+    n_rows = len(data.tables()[split])
+    whole = dataset.Stored(util.array_path(data.directory, split, data.size), n_rows)
+    if crop is None:
+        return [whole]
+    if jitter:
+        boxes = util.read_table(settings.crop_dir / f"{split}_boxes.csv", util.PLACE)
+        place = boxes[list(util.PLACE)].to_numpy()
+        path = util.array_path(settings.crop_dir, f"{split}_wide", crop["wide_size"])
+        cropped = dataset.Jittered(dataset.Stored(path, n_rows), whole, place, data.size)
+    else:
+        path = util.array_path(settings.crop_dir, split, data.size)
+        cropped = dataset.Stored(path, n_rows)
+    inputs = models.MODELS[settings.model].inputs
+    return [whole, cropped] if len(inputs) > 1 else [cropped]
 
 
 def make_spec(settings: argparse.Namespace, image_size: int, meta_dim: int) -> dict:
@@ -344,7 +375,7 @@ def run_fold(
     k: int,
     settings: argparse.Namespace,
     data: util.Data,
-    arrays: dict[str, Path],
+    crop: dict | None,
     run_dir: Path,
     device: torch.device,
 ) -> dict:
@@ -355,14 +386,19 @@ def run_fold(
     train_rows = pick_rows(target, np.flatnonzero(~held_out), settings.limit)
     valid_rows = pick_rows(target, np.flatnonzero(held_out), settings.limit)
     encoder = MetaEncoder.fit(table.iloc[train_rows], meta_columns(settings, table))
-    if issubclass(models.MODELS[settings.model].network, models.ChipNet):
+    shift = 0
+    if models.MODELS[settings.model].network is models.ChipNet:
         encoder = MetaEncoder({})  # ChipNet takes no metadata
+        shift = models.CHIP // 2  # crop.py shifts the chips by as much
 
-    def images(rows: np.ndarray, transform=None) -> ImageDataset:
+    def images(rows: np.ndarray, jitter: bool, transform=None) -> ImageDataset:
+        sources = image_sources(settings, data, "train", crop, jitter)
         meta = encoder.encode(table.iloc[rows])
-        return ImageDataset(arrays["train"], len(table), rows, meta, target[rows], transform)
+        return ImageDataset(sources, rows, meta, target[rows], transform)
 
-    train, valid = images(train_rows, dataset.train_transform(data.size)), images(valid_rows)
+    transform = dataset.train_transform(data.size, shift)
+    train = images(train_rows, bool(settings.jitter), transform)
+    valid = images(valid_rows, jitter=False)
     torch.manual_seed(epoch_seed(settings.seed, k, 0))  # initial weights
     trainer = Trainer(settings, make_spec(settings, data.size, encoder.dim), device)
     last_path = run_dir / f"fold{k}_last.pt"
@@ -379,7 +415,7 @@ def run_fold(
     if data.test is not None:
         rows = np.arange(len(data.test))[: settings.limit]
         meta = encoder.encode(data.test.iloc[rows])
-        test_images = ImageDataset(arrays["test"], len(data.test), rows, meta)
+        test_images = ImageDataset(image_sources(settings, data, "test", crop, False), rows, meta)
         prob = trainer.predict(loader(test_images), settings.tta)
         test = pd.DataFrame({ID: data.test[ID].to_numpy()[rows], FOLD: k, PROB: prob})
     progress = trainer.progress
@@ -401,7 +437,7 @@ def main(args: argparse.Namespace) -> Path:
     device = models.pick_device(settings.device)
     data = util.read_data(settings.data_dir)
     folds = parse_folds(settings.fold, data.facts["n_folds"])
-    arrays, hashes, crop = find_arrays(settings, data)
+    arrays, crop = find_arrays(settings, data)
     meta_columns(settings, data.train)
     spec = make_spec(settings, data.size, meta_dim=0)
     models.build_model(spec, settings.weights)  # fails here, before anything is written
@@ -409,13 +445,13 @@ def main(args: argparse.Namespace) -> Path:
     config = {
         "args": plain,
         "spec": spec,
-        "data": {"folds_sha256": util.folds_sha256(data.train), "arrays": hashes},
+        "data": {"folds_sha256": util.folds_sha256(data.train), "arrays": arrays},
         "crop": crop,
         **util.provenance(),
     }
     run_dir, folds = open_run(settings, config, folds)
     for k in folds:
-        run_fold(k, settings, data, arrays, run_dir, device)
+        run_fold(k, settings, data, crop, run_dir, device)
     print(util.metrics_line(settings.name, util.read_metrics(run_dir)))
     return run_dir
 
@@ -438,7 +474,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--data_dir", type=Path, default=Path("data"), help="from preprocess.py")
     data.add_argument("--crop_dir", type=Path, help="train on these crops of crop.py "
-                      "[crops/chipnet in --data_dir for cropnet]")  # fmt: skip
+                      "[crops/chipnet in --data_dir for cropnet and fusion]")  # fmt: skip
+    data.add_argument("--jitter", action=argparse.BooleanOptionalAction, default=True,
+                      help="move and scale the boxes while training on crops")  # fmt: skip
     data.add_argument("--meta_cols", nargs="*", help="metadata columns [sex, age and site]")
     data.add_argument("--limit", type=count, help="use this many images per class: a dry run")
     fitting = parser.add_argument_group("optimisation")

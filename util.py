@@ -22,6 +22,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 ID, TARGET, FOLD, PROB = "image_name", "target", "fold", "prob"
+PLACE = ("place_x", "place_y", "place_side")  # of a box in its wide crop, in fractions of it
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 BOOTSTRAP_SAMPLES = 1000
 MIN_TPR = 0.8  # the ISIC 2024 score: area under the ROC curve above this sensitivity
@@ -32,9 +33,7 @@ class InputError(Exception):
     """Bad input: its text is one line that names the file or value and says what to do."""
 
 
-class HelpFormatter(
-    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help that keeps the line breaks of a script's docstring and shows real defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -215,9 +214,7 @@ def check_target(table: pd.DataFrame, path: Path) -> np.ndarray:
 
 def folds_sha256(table: pd.DataFrame) -> str:
     """Hash of who is in which fold with which target: what two stages must share."""
-    return hashlib.sha256(
-        table[[ID, TARGET, FOLD]].to_csv(index=False).encode()
-    ).hexdigest()
+    return hashlib.sha256(table[[ID, TARGET, FOLD]].to_csv(index=False).encode()).hexdigest()
 
 
 @dataclass
@@ -377,21 +374,25 @@ def read_square(path: Path, size: int, exact: bool = False) -> tuple[np.ndarray,
     return resize_box(image, centre_square(*image.size), size), original_size
 
 
-def read_crop(path: Path, box, original_size: tuple[int, int], size: int) -> np.ndarray:
-    """A square box (localize.Box) of a file as uint8 (size, size, 3).
+def read_crops(path: Path, boxes: list, sizes: list[int], original_size: tuple[int, int]) -> list:
+    """Square boxes (localize.Box) of a file, each resized: uint8 (size, size, 3) per box.
 
-    JPEGs are decoded at a scale that keeps twice the pixels needed. Raises InputError where the
-    file is not of the (width, height) for which the box was found.
+    The file is decoded once, a JPEG at a scale that keeps twice the pixels needed. Raises
+    InputError where it is not of the (width, height) for which the boxes were found.
     """
-    image, found_size = read_image(path, int(2 * size * min(original_size) / box.side))
+    needed = max(size / box.side for box, size in zip(boxes, sizes, strict=True))
+    image, found_size = read_image(path, int(2 * needed * min(original_size)))
     if found_size != tuple(original_size):
         raise InputError(
             f"{path} is {found_size[0]} x {found_size[1]} px but was {original_size[0]} x "
             f"{original_size[1]} when its box was found; preprocess and crop again"
         )
-    edges = np.array(box.scaled(image.width / found_size[0]))
-    inside = np.clip(edges, 0, [image.width, image.height] * 2)  # a reduced scale rounds
-    return resize_box(image, tuple(inside), size)
+    crops = []
+    for box, size in zip(boxes, sizes, strict=True):
+        edges = np.array(box.scaled(image.width / found_size[0]))
+        inside = np.clip(edges, 0, [image.width, image.height] * 2)  # a reduced scale rounds
+        crops.append(resize_box(image, tuple(inside), size))
+    return crops
 
 
 # ---------------------------------------------------------------- metrics

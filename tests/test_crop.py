@@ -89,7 +89,7 @@ def test_component_rule_covers_two_blobs_and_drops_a_stray_cell():
 def test_component_rule_keeps_a_minimum_side():
     single = np.zeros((28, 28))
     single[5, 5] = 1
-    assert find_box(single, (2240, 2240)).side >= 640 - 1e-6
+    assert find_box(single, (2240, 2240)).side >= 0.2 * 2240 - 1e-6
 
 
 def test_original_rule_is_the_union_box_above_the_threshold():
@@ -116,17 +116,19 @@ def test_crop_is_cut_from_the_original_at_full_resolution(tmp_path):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (300, 500, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "a.png")
-    crop = util.read_crop(tmp_path / "a.png", Box(410, 20, 474, 84), (500, 300), 64)
+    boxes = [Box(410, 20, 474, 84), Box(0, 0, 300, 300)]
+    crop, whole = util.read_crops(tmp_path / "a.png", boxes, [64, 300], (500, 300))
+    assert (whole == image[:, :300]).all()
     assert (crop == image[20:84, 410:474]).all()
     with pytest.raises(InputError, match="500 x 300 px but was 400 x 300"):
-        util.read_crop(tmp_path / "a.png", Box(0, 0, 64, 64), (400, 300), 64)
+        util.read_crops(tmp_path / "a.png", boxes, [64, 300], (400, 300))
 
 
 def test_reduced_decoding_of_a_crop_is_close(tmp_path):
     ramp = np.linspace(0, 255, 1600)[None, :, None] * np.ones((1200, 1, 3))
     Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
     box = Box(300.5, 100.25, 1300.5, 1100.25)
-    crop = util.read_crop(tmp_path / "a.jpg", box, (1600, 1200), 64)
+    (crop,) = util.read_crops(tmp_path / "a.jpg", [box], [64], (1600, 1200))
     expected = np.linspace(300.5, 1300.5, 65)[:-1] + 1000 / 128
     assert np.abs(crop[32, :, 0] - expected * 255 / 1599).max() < 2
 
@@ -134,21 +136,24 @@ def test_reduced_decoding_of_a_crop_is_close(tmp_path):
 # ---------------------------------------------------------------- crop.py
 def test_crop_directory(runs_dir, data_dir, source):
     crops = data_dir / "crops" / "chipnet"
-    data = util.read_data(data_dir)
+    data, facts = util.read_data(data_dir), util.read_json(crops / "crop.json")
     for split, table in data.tables().items():
         array = util.open_array(crops / f"{split}_64.npy", len(table))
         boxes = pd.read_csv(crops / f"{split}_boxes.csv", dtype={"image_name": str})
         assert list(boxes) == ["image_name", "x0", "y0", "x1", "y1", "oof", "fallback",
-                               "confidence"]  # fmt: skip
+                               "confidence", *util.PLACE]  # fmt: skip
         assert boxes["image_name"].tolist() == table["image_name"].tolist()
         assert (boxes["oof"] == 1).all()
         row = boxes.iloc[0]
         size = (table["width"].iloc[0], table["height"].iloc[0])
         box = Box(row["x0"], row["y0"], row["x1"], row["y1"])
         path = source / "images" / f"{row['image_name']}.jpg"
-        assert (array[0] == util.read_crop(path, box, size, 64)).all()
+        cuts = util.read_crops(path, [box, localize.widen(box, 1.4, size)], [64, 90], size)
+        assert (array[0] == cuts[0]).all()
+        if split == "train":
+            wide = util.open_array(crops / f"train_wide_{facts['wide_size']}.npy", len(table))
+            assert (wide[0] == cuts[1]).all()
     assert (crops / "montage.png").stat().st_size > 10_000
-    facts = util.read_json(crops / "crop.json")
     assert facts["folds"] == [0, 1]
     assert facts["run"] == str(runs_dir / "chipnet")
 
@@ -162,6 +167,8 @@ def test_train_boxes_come_from_the_network_that_held_the_image_out(runs_dir, dat
     array = util.open_array(data_dir / "train_64.npy", 24)
     for k in (0, 1):
         rows = np.flatnonzero(data.train["fold"] == k)
+        for network in networks:
+            network.shifts = 2
         own = localize.attention_maps([networks[k]], array[rows], "cpu", 8)
         other = localize.attention_maps([networks[1 - k]], array[rows], "cpu", 8)
         assert np.allclose(maps[rows], own, atol=1e-6)

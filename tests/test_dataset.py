@@ -77,7 +77,8 @@ def test_hair_darkens_a_few_pixels_and_repeats_under_a_seed():
 def make(data_dir, transform=None):
     rows = np.arange(16)
     path = util.array_path(data_dir, "train", 64)
-    return ImageDataset(path, 24, rows, np.zeros((16, 2)), rows % 4 == 0, transform)
+    stored = dataset.Stored(path, 24)
+    return ImageDataset([stored], rows, np.zeros((16, 2)), rows % 4 == 0, transform)
 
 
 def test_items(data_dir):
@@ -89,7 +90,31 @@ def test_items(data_dir):
     assert (image.numpy().transpose(1, 2, 0) == array[4]).all()
     assert len(pickle.dumps(images)) < 20_000  # an opened array is not pickled with it
     with pytest.raises(ValueError, match="do not match"):
-        ImageDataset(images.path, 24, range(3), np.zeros((2, 1)))
+        ImageDataset(images.sources, range(3), np.zeros((2, 1)))
+
+
+def test_jittered_crops_stay_near_the_box_and_are_now_and_then_the_whole(tmp_path):
+    wide = np.zeros((1, 140, 140, 3), np.uint8)
+    wide[0, ..., 0], wide[0, ..., 1] = np.arange(140), np.arange(140)[:, None]  # x, y in pixels
+    np.save(tmp_path / "wide.npy", wide)
+    np.save(tmp_path / "whole.npy", np.full((1, 100, 100, 3), 255, np.uint8))
+    wide, whole = (dataset.Stored(tmp_path / f"{name}.npy", 1) for name in ("wide", "whole"))
+    place = np.array([[20 / 140, 20 / 140, 100 / 140]])
+    crops = dataset.Jittered(wide, whole, place, 100)
+    rng = np.random.default_rng(0)
+    drawn = [crops(0, rng) for _ in range(400)]
+    share = np.mean([crop.min() == 255 for crop in drawn])
+    assert 0.05 < share < 0.16
+    cut = [crop.astype(float) for crop in drawn if crop.min() < 255]
+    assert {crop.shape for crop in cut} == {(100, 100, 3)}
+    span = np.array([crop[..., 0].max() - crop[..., 0].min() + 1 for crop in cut])
+    middle = np.array([(crop[..., 0].mean(), crop[..., 1].mean()) for crop in cut])
+    assert 88 <= span.min() < 95
+    assert 120 < span.max() <= 127
+    assert 8 < np.abs(middle - 69.5).max() <= 11
+    assert middle.std(axis=0).min() > 3
+    edge = dataset.Jittered(wide, whole, np.array([[0.0, 0.0, 1.0]]), 100)  # a box that fills it
+    assert {edge(0, rng).shape for _ in range(50)} == {(100, 100, 3)}
 
 
 def draws(data_dir, seed, workers):

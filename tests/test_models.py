@@ -21,16 +21,16 @@ def spec(model, **changes):
     return base | changes
 
 
-def batch(n=3, size=64):
+def batch(n=3, size=64, pictures=1):
     torch.manual_seed(0)
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8), torch.rand(n, 5)
+    return torch.randint(0, 256, (n, 3 * pictures, size, size), dtype=torch.uint8), torch.rand(n, 5)
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))
 def test_every_model_learns_with_every_parameter(name):
     torch.manual_seed(0)
     model = models.build_model(spec(name))
-    image, meta = batch()
+    image, meta = batch(pictures=len(models.MODELS[name].inputs))
     logit = model(image, meta)
     assert logit.shape == (3, 1)
     logit.square().sum().backward()
@@ -50,7 +50,7 @@ def test_checkpoints_rebuild_their_model(name, tmp_path):
     models.save_checkpoint(path, model, spec(name), epoch=3)
     torch.load(path, weights_only=True)
     again, content = models.load_checkpoint(path)
-    image, meta = batch()
+    image, meta = batch(pictures=len(models.MODELS[name].inputs))
     assert torch.equal(model(image, meta), again(image, meta))
     assert content["epoch"] == 3
 
@@ -59,6 +59,41 @@ def test_uint8_and_float_images_are_the_same():
     model = models.build_model(spec("resnet")).eval()
     image, meta = batch()
     assert torch.allclose(model(image, meta), model(image.float() / 255, meta), atol=1e-6)
+
+
+def test_fusion_reads_both_pictures_with_one_backbone():
+    model = models.build_model(spec("fusion")).eval()
+    image, meta = batch(pictures=2)
+    logit = model(image, meta)
+    with torch.no_grad():
+        features = [model.backbone(model.normalise(part)) for part in image.split(3, dim=1)]
+        joined = torch.cat([*features, model.meta_branch(meta)], dim=1)
+        assert torch.allclose(model.head(joined), logit, atol=1e-5)
+    for part in (0, 1):
+        changed = image.clone()
+        changed[:, 3 * part : 3 * part + 3] = 255 - changed[:, 3 * part : 3 * part + 3]
+        assert not torch.allclose(model(changed, meta), logit, atol=1e-4)
+
+
+def test_fine_attention_is_registered_to_the_chips():
+    model = models.build_model(spec("chipnet")).eval()
+    image, _ = batch(n=2, size=128)
+    model.shifts = 2
+    fine = model.attention(image)
+    assert fine.shape == (2, 8, 8)
+    assert torch.allclose(fine.sum(dim=(1, 2)), torch.ones(2))
+    # cell (i, j) of the grid shifted by half a chip is the chip centred on 8 + 16 i pixels:
+    # scores are relative to each other only, so compare ratios within one of the four grids
+    padded = torch.nn.functional.pad(image.float() / 255, (8, 8, 8, 8), mode="reflect")
+    for y in (0, 1):
+        for x in (0, 1):
+            grid = padded[..., 16 * y : 16 * y + 128, 16 * x : 16 * x + 128]
+            coarse = model.weigh(model.embed(grid))
+            part = fine[:, y::2, x::2]
+            part = part / part.sum(dim=(1, 2), keepdim=True)
+            assert torch.allclose(part, coarse, atol=1e-6)
+    model.shifts = 1
+    assert model.attention(image).shape == (2, 4, 4)
 
 
 def test_model_without_metadata():
