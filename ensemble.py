@@ -5,11 +5,14 @@ Writes  runs/NAME/: config.json, oof.csv, test_predictions.csv, submission.csv, 
         roc.png
 
     python ensemble.py weights
+    python ensemble.py zoom --runs resnet cropnet
     python ensemble.py mean --runs resnet cropnet --weights resnet=.5 cropnet=.5
 
 mean averages probabilities, logit their logits, rank their ranks inside each fold; weights
-averages ranks with weights learned by greedy selection on the held-out predictions. Learned
-weights never score a row they were learned on: what oof.csv holds is cross-fitted.
+averages ranks with weights learned by greedy selection on the held-out predictions; zoom learns
+how the weight of the runs on crops depends on the side of the box: a crop of nearly the whole
+image says nothing new. Learned weights never score a row they were learned on: what oof.csv holds
+is cross-fitted.
 
 References:
     Caruana et al., Ensemble Selection from Libraries of Models, ICML 2004: forward selection
@@ -17,6 +20,8 @@ References:
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +30,10 @@ import pandas as pd
 import util
 from util import FOLD, ID, PROB, TARGET, InputError
 
+LEARNED = ("weights", "zoom")
 SELECTION_STEPS = 25
+ZOOM_GRID = [(base, slope) for slope in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)
+             for base in (0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.6, 0.7)]  # fmt: skip
 OOF_COLUMNS, TEST_COLUMNS = [ID, FOLD, TARGET, PROB], [ID, FOLD, PROB]
 
 
@@ -113,7 +121,7 @@ def parse_weights(words: list[str], names: list[str]) -> np.ndarray:
 
 def transform(mode: str, prob: np.ndarray, fold: np.ndarray) -> np.ndarray:
     """What a mode blends: probabilities (N, K), or their ranks inside each fold."""
-    if mode not in ("rank", "weights"):
+    if mode not in util.RANK_MODES:
         return prob
     return np.column_stack([util.rank_in_fold(column, fold) for column in prob.T])
 
@@ -130,14 +138,61 @@ def fit_weights(values: np.ndarray, target: np.ndarray) -> np.ndarray:
     return best_counts / best_counts.sum()
 
 
-def cross_fit(values: np.ndarray, target: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Blend (N,) in which the rows of each part are weighted by what the other parts taught."""
-    blend = np.empty(len(target))
+def fit_zoom(
+    values: np.ndarray, target: np.ndarray, side: np.ndarray, cropped: np.ndarray
+) -> tuple[float, float]:
+    """Base and slope of util.zoom_weights with the best AUC; equal ones go to the first."""
+    scores = [
+        util.weighted_auc(
+            target, util.combine("zoom", values, util.zoom_weights(side, cropped, *p))
+        )
+        for p in ZOOM_GRID
+    ]
+    return ZOOM_GRID[int(np.argmax(scores))]
+
+
+def learn_weights(values: np.ndarray, target: np.ndarray, rows: np.ndarray) -> Callable:
+    """Weights learned on some rows, as a function of rows: the same for all."""
+    weights = fit_weights(values[rows], target[rows])
+    return lambda others: weights
+
+
+def learn_zoom(values, target, side, cropped, rows: np.ndarray) -> Callable:
+    """Zoom weights learned on some rows, as a function of rows."""
+    base, slope = fit_zoom(values[rows], target[rows], side[rows], cropped)
+    return lambda others: util.zoom_weights(side[others], cropped, base, slope)
+
+
+def cross_fit(learn: Callable, values: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Blend (N,) in which the rows of each part are weighted by what the other parts taught.
+
+    learn(rows) -> a function from rows to the weights of their values.
+    """
+    blend = np.empty(len(values))
     for label in np.unique(part):
         held_out = part == label
-        weights = fit_weights(values[~held_out], target[~held_out])
-        blend[held_out] = values[held_out] @ weights
+        weigh = learn(~held_out)
+        blend[held_out] = util.combine("rank", values[held_out], weigh(held_out))
     return blend
+
+
+def read_sides(runs: list[Path], data: util.Data, keys: pd.DataFrame, split: str) -> tuple:
+    """(mean side of the boxes that runs on crops see, over the short side of the image (N,);
+    which runs these are (K,)). Raises InputError unless there are runs of both kinds."""
+    configs = [util.read_config(run) for run in runs]
+    cropped = np.array([c.get("crop") is not None for c in configs])
+    if cropped.all() or not cropped.any():
+        raise InputError("zoom blends runs on whole images with runs on crops; name both in --runs")
+    table = data.tables()[split].set_index(ID)
+    short = table.loc[keys[ID], ["width", "height"]].min(axis=1).to_numpy()
+    sides = []
+    for config in (c for c, crop in zip(configs, cropped, strict=True) if crop):
+        path = Path(config["args"]["crop_dir"]) / f"{split}_boxes.csv"
+        boxes = util.read_table(path, ("x0", "x1")).set_index(ID)
+        if not keys[ID].isin(boxes.index).all():
+            raise InputError(f"{path} lacks images that the runs predict; run crop.py again")
+        sides.append((boxes["x1"] - boxes["x0"])[keys[ID]].to_numpy() / short)
+    return np.mean(sides, axis=0), cropped
 
 
 def halves(target: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -174,13 +229,21 @@ def main(args: argparse.Namespace) -> Path:
 
     values = transform(args.mode, prob, fold)
     equal = np.full(len(runs), 1 / len(runs))
-    weights, oof_prob, gain = equal, util.combine(args.mode, values, equal), None
+    weights, zoom, gain = equal, None, None
+    oof_prob = util.combine(args.mode, values, equal)
     if args.weights:
         weights = parse_weights(args.weights, names)
         oof_prob = util.combine(args.mode, values, weights)
-    elif args.mode == "weights":
+    elif args.mode in LEARNED:
+        learn = partial(learn_weights, values, target)
+        if args.mode == "zoom":
+            side, cropped = read_sides(runs, data, keys, "train")
+            learn = partial(learn_zoom, values, target, side, cropped)
+            zoom = fit_zoom(values, target, side, cropped)
         part = fold if len(np.unique(fold)) > 1 else halves(target, group)
-        weights, oof_prob = fit_weights(values, target), cross_fit(values, target, part)
+        everything = np.ones(len(target), dtype=bool)
+        weights = np.atleast_2d(learn(everything)(everything)).mean(axis=0)
+        oof_prob = cross_fit(learn, values, part)
         ranks, base = util.rank_in_fold(oof_prob, fold), util.rank_in_fold(values @ equal, fold)
         gain = {
             "equal_weights_auc": util.weighted_auc(target, base),
@@ -192,6 +255,7 @@ def main(args: argparse.Namespace) -> Path:
     config = {
         "args": vars(args) | {"data_dir": data.directory},
         "members": [{"run": str(r), "weight": w} for r, w in zip(runs, weights, strict=True)],
+        "zoom": zoom,  # base and slope; the weights are their mean
         "data": {"folds_sha256": util.folds_sha256(data.train)},
         **util.provenance(),
     }
@@ -199,12 +263,17 @@ def main(args: argparse.Namespace) -> Path:
     oof, test = keys.assign(**{PROB: oof_prob}), None
     if test_keys is not None:
         test_values = transform(args.mode, test_prob, test_keys[FOLD].to_numpy())
+        if zoom is not None:
+            side, cropped = read_sides(runs, data, test_keys, "test")
+            weights = util.zoom_weights(side, cropped, *zoom)
         test = test_keys.assign(**{PROB: util.combine(args.mode, test_values, weights)})
     folds = [{"fold": int(k)} for k in np.unique(fold)]
     metrics = util.write_run(output_dir, oof, test, data, folds, learned=gain)
-    for run, weight in zip(runs, weights, strict=True):
+    for run, member in zip(runs, config["members"], strict=True):
         line = util.metrics_line(run.name, util.read_metrics(run))
-        print(f"{line}   weight {weight:.2f}")
+        print(f"{line}   weight {member['weight']:.2f}")
+    if zoom is not None:
+        print(f"weight of the crops: {zoom[0]:g} + {zoom[1]:g} x (1 - side of the box)")
     print(util.metrics_line(args.name, metrics))
     if gain is not None:
         print(f"equal weights: oof {gain['equal_weights_auc']:.3f}")
@@ -217,7 +286,7 @@ def main(args: argparse.Namespace) -> Path:
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__)
-    parser.add_argument("mode", choices=("mean", "rank", "logit", "weights"), help="how to blend")
+    parser.add_argument("mode", choices=("mean", "rank", "logit", *LEARNED), help="how to blend")
     parser.add_argument("--runs", nargs="+", help="names or paths [all finished runs]")
     parser.add_argument("--weights", nargs="+", metavar="NAME=W", help="fixed weights")
     parser.add_argument("--name", default="ensemble", help="of the blend's run directory")

@@ -158,7 +158,8 @@ class Blend:
 
     def __init__(self, run_dir: Path, config: dict, device: torch.device, tta: int | None):
         self.name, self.mode = run_dir.name, config["args"]["mode"]
-        used = [member for member in config["members"] if member["weight"] > 0]
+        self.zoom = config["zoom"]
+        used = [m for m in config["members"] if m["weight"] > 0 or self.zoom]
         self.weights = np.array([member["weight"] for member in used])
         self.members = [open_run(Path(member["run"]), device, tta) for member in used]
         sizes = {member.size for member in self.members}
@@ -182,15 +183,23 @@ class Blend:
     def predict(self, images: Images, columns: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
         """Blended score (N,) by fold; each member's mean goes into `columns`."""
         parts = [member.predict(images, columns) for member in self.members]
-        blended = {}
+        blended, weights = {}, self.weights
+        if self.zoom:
+            cropped = np.array([getattr(m, "sees_crops", False) for m in self.members])
+            looks = [
+                m.look(images) for m, crops in zip(self.members, cropped, strict=True) if crops
+            ]
+            short = np.min(images.sizes, axis=1)
+            sides = [[box.side for box in look.boxes] / short for look in looks]
+            weights = util.zoom_weights(np.mean(sides, axis=0), cropped, *self.zoom)
         for k in parts[0]:
             values = np.column_stack([part[k] for part in parts])
-            if self.mode in ("rank", "weights"):
+            if self.mode in util.RANK_MODES:
                 for column, member in enumerate(self.members):
                     history = self.history[member.name, k]
                     below = np.searchsorted(history, values[:, column], side="right")
                     values[:, column] = below / len(history)
-            blended[k] = util.combine(self.mode, values, self.weights)
+            blended[k] = util.combine(self.mode, values, weights)
         columns[self.name] = np.mean(list(blended.values()), axis=0)
         return blended
 

@@ -25,6 +25,7 @@ ID, TARGET, FOLD, PROB = "image_name", "target", "fold", "prob"
 PLACE = ("place_x", "place_y", "place_side")  # of a box in its wide crop, in fractions of it
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 BOOTSTRAP_SAMPLES = 1000
+RANK_MODES = ("rank", "weights", "zoom")  # blends of ranks
 MIN_TPR = 0.8  # the ISIC 2024 score: area under the ROC curve above this sensitivity
 
 
@@ -455,14 +456,24 @@ def rank_in_fold(prob: np.ndarray, fold: np.ndarray) -> np.ndarray:
 
 
 def combine(mode: str, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Blend values (N, K) of K runs with weights (K,) summing to 1: (N,).
+    """Blend values (N, K) of K runs with weights (K,) or (N, K) summing to 1: (N,).
 
-    Values are probabilities, except that modes "rank" and "weights" take ranks in (0, 1].
+    Values are probabilities, or in the RANK_MODES ranks in (0, 1].
     """
     if mode != "logit":
-        return values @ weights
+        return (values * weights).sum(axis=1)
     safe = np.clip(values, 1e-7, 1 - 1e-7)
-    return 1 / (1 + np.exp(-(np.log(safe / (1 - safe)) @ weights)))
+    return 1 / (1 + np.exp(-(np.log(safe / (1 - safe)) * weights).sum(axis=1)))
+
+
+def zoom_weights(side: np.ndarray, cropped: np.ndarray, base: float, slope: float) -> np.ndarray:
+    """Weights (N, K) of runs that depend on how far a crop zooms: each row sums to 1.
+
+    side: of the box over the image's short side (N,); cropped: which runs see the crop (K,). They
+    share base + slope * (1 - side), held within 0 and 1; the runs on whole images share the rest.
+    """
+    share = np.clip(base + slope * (1 - side), 0, 1)[:, None]
+    return share * cropped / cropped.sum() + (1 - share) * ~cropped / (~cropped).sum()
 
 
 # ---------------------------------------------------------------- run directories

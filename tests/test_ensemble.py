@@ -1,6 +1,7 @@
 """Joining and blending runs."""
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -85,7 +86,7 @@ def test_cross_fitting_shows_no_gain_where_there_is_none():
     target, values = rng.integers(0, 2, 120), rng.uniform(size=(120, 20))
     fold = np.arange(120) % 3
     inside = values @ ensemble.fit_weights(values, target)
-    outside = ensemble.cross_fit(values, target, fold)
+    outside = ensemble.cross_fit(partial(ensemble.learn_weights, values, target), values, fold)
     assert util.weighted_auc(target, inside) > 0.62
     assert util.weighted_auc(target, util.rank_in_fold(outside, fold)) < 0.58
 
@@ -93,11 +94,53 @@ def test_cross_fitting_shows_no_gain_where_there_is_none():
 def test_rows_of_a_part_do_not_teach_their_own_weights():
     rng = np.random.default_rng(1)
     target, values, fold = rng.integers(0, 2, 60), rng.uniform(size=(60, 4)), np.arange(60) % 2
-    before = ensemble.cross_fit(values, target, fold)
+    before = ensemble.cross_fit(partial(ensemble.learn_weights, values, target), values, fold)
     changed = np.where(fold == 0, 1 - target, target)  # other labels in part 0
-    after = ensemble.cross_fit(values, changed, fold)
+    after = ensemble.cross_fit(partial(ensemble.learn_weights, values, changed), values, fold)
     assert (before[fold == 0] == after[fold == 0]).all()
     assert not (before[fold == 1] == after[fold == 1]).all()
+
+
+def test_zoom_weights_share_between_crops_and_whole_images():
+    cropped = np.array([False, True, False, True])
+    weights = util.zoom_weights(np.array([1.0, 0.5, 0.1]), cropped, 0.2, 1.0)
+    assert np.allclose(weights.sum(axis=1), 1)
+    assert np.allclose(weights[:, cropped].sum(axis=1), [0.2, 0.7, 1.0])
+    assert np.allclose(weights[1], [0.15, 0.35, 0.15, 0.35])
+
+
+def test_zoom_is_found_where_the_crop_knows_more_when_it_zooms():
+    rng = np.random.default_rng(0)
+    target, side = rng.integers(0, 2, 900), rng.uniform(0.2, 1, 900)
+    whole = target + rng.normal(0, np.where(side < 0.6, 3, 1))
+    crop = target + rng.normal(0, np.where(side < 0.6, 1, 3))
+    values = np.column_stack([util.rank_in_fold(v, np.zeros(900)) for v in (whole, crop)])
+    cropped, fold = np.array([False, True]), np.arange(900) % 3
+    _, slope = ensemble.fit_zoom(values, target, side, cropped)
+    assert slope >= 0.75
+    learn = partial(ensemble.learn_zoom, values, target, side, cropped)
+    blend = ensemble.cross_fit(learn, values, fold)
+    assert util.weighted_auc(target, blend) > util.weighted_auc(target, values.mean(axis=1)) + 0.02
+
+
+def test_zoom_blend_of_runs(runs, data_dir):
+    out = blend(runs, "zoom", "--runs", "resnet", "cropnet")
+    boxes = pd.read_csv(data_dir / "crops" / "chipnet" / "test_boxes.csv").set_index(
+        pd.Index([f"{i:04d}" for i in range(24, 28)])
+    )
+    short = util.read_data(data_dir).test.set_index("image_name")[["width", "height"]].min(axis=1)
+    side = ((boxes["x1"] - boxes["x0"]) / short).to_numpy()
+    base, slope = util.read_json(out / "config.json")["zoom"]
+    share = np.clip(base + slope * (1 - side), 0, 1)
+    parts = [pd.read_csv(runs / name / "test_predictions.csv") for name in ("resnet", "cropnet")]
+    expected = sum(
+        w * part.groupby("fold")["prob"].rank(pct=True).to_numpy().reshape(2, 4)
+        for w, part in zip((1 - share, share), parts, strict=True)
+    )
+    found = pd.read_csv(out / "test_predictions.csv")["prob"].to_numpy().reshape(2, 4)
+    assert np.allclose(found, expected)
+    with pytest.raises(InputError, match="runs on whole images with runs on crops"):
+        blend(runs, "zoom", "--runs", "resnet", "chipnet", name="c")
 
 
 def test_single_fold_is_cross_fitted_by_halves(runs):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from conftest import call, hashes
 
+import util
 from util import InputError
 
 
@@ -50,6 +51,21 @@ def test_folder_through_a_learned_blend_with_pictures(runs_dir, source, tmp_path
     assert hashes(source) == before
     with pytest.raises(InputError, match="already finished"):
         predict(runs_dir / "ensemble", tmp_path / "out", source / "images")
+
+
+def test_zoom_blend_weighs_new_images_by_their_boxes(runs_dir, test_images, tmp_path):
+    runs = shutil.copytree(runs_dir, tmp_path / "runs")
+    blend = call("ensemble", "zoom", "--runs_dir", runs, "--runs", "resnet", "cropnet",
+                 "--name", "zoom")  # fmt: skip
+    config = util.read_json(blend / "config.json")
+    util.write_json(blend / "config.json", config | {"zoom": [0.0, 0.0]})
+    table = read(predict(blend, tmp_path / "whole", *test_images) / "predictions.csv")
+    rank = call("ensemble", "rank", "--runs_dir", runs, "--runs", "resnet", "--name", "rank")
+    ranked = read(predict(rank, tmp_path / "rank", *test_images) / "predictions.csv")
+    assert np.allclose(table["prob"], ranked["prob"])  # no weight on crops: resnet's ranks
+    util.write_json(blend / "config.json", config | {"zoom": [1.0, 0.0]})
+    other = read(predict(blend, tmp_path / "crop", *test_images) / "predictions.csv")
+    assert not np.allclose(table["prob"], other["prob"])
 
 
 def test_bad_images_are_named_or_left_out(runs_dir, test_images, tmp_path):
