@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from util import open_array
+from util import open_array, open_maps
 
 META_COLUMNS = ("sex", "age_approx", "anatom_site_general_challenge")
 MISSING, UNKNOWN = "missing", "unknown"
@@ -141,6 +141,7 @@ def train_transform(size: int, shift: int = 0) -> A.Compose:
                 rotate=(-180, 180),
                 translate_px=(-shift, shift),
                 border_mode=cv2.BORDER_REFLECT_101,
+                mask_interpolation=cv2.INTER_LINEAR,  # of a guide
                 p=1.0,
             ),
             A.ColorJitter(
@@ -198,15 +199,38 @@ class Jittered:
         return cv2.resize(cut, (self.size, self.size), interpolation=how)
 
 
+class Guide:
+    """Maps of crop.py that an attention should resemble, turned and moved with their images."""
+
+    def __init__(self, path, n_rows: int, grid: int):
+        self.path, self.n_rows, self.grid = path, n_rows, grid
+        self._maps: np.ndarray | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_maps": None}
+
+    def __call__(self, row: int, size: int) -> np.ndarray:
+        """Map of a row, enlarged to its image: float32 (size, size)."""
+        if self._maps is None:
+            self._maps = open_maps(self.path, self.n_rows)
+        return cv2.resize(self._maps[row], (size, size), interpolation=cv2.INTER_LINEAR)
+
+    def shrink(self, raster: np.ndarray) -> np.ndarray:
+        """The map as attention: float32 (grid, grid) that sums to 1."""
+        small = cv2.resize(raster, (self.grid, self.grid), interpolation=cv2.INTER_AREA)
+        return small / max(small.sum(), 1e-12)
+
+
 class ImageDataset(Dataset):
     """Rows of one or more image sources with their metadata and target.
 
     sources: Stored, or Jittered; with two of them (whole image and crop) their pictures are
-    stacked. Items are (image uint8 (3 * sources, S, S), meta float32 (M,), target float32).
+    stacked. Items are (image uint8 (3 * sources, S, S), meta float32 (M,), target float32), with a
+    guide also its map (grid, grid).
     """
 
-    def __init__(self, sources: list, rows, meta, target=None, transform=None):
-        self.sources = sources
+    def __init__(self, sources: list, rows, meta, target=None, transform=None, guide=None):
+        self.sources, self.guide = sources, guide
         self.rows = np.asarray(rows)
         self.meta = np.asarray(meta, dtype=np.float32)
         self.target = np.zeros(len(self.rows)) if target is None else np.asarray(target)
@@ -220,16 +244,22 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rng = self.transform.random_generator
-        pictures = [source(self.rows[i], rng) for source in self.sources]
-        pictures = [self.transform(image=picture)["image"] for picture in pictures]
-        image = np.concatenate([picture.transpose(2, 0, 1) for picture in pictures])
-        return (
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, ...]:
+        row, rng = self.rows[i], self.transform.random_generator
+        pictures = [source(row, rng) for source in self.sources]
+        if self.guide is None:
+            done = [self.transform(image=picture) for picture in pictures]
+        else:
+            done = [self.transform(image=pictures[0], mask=self.guide(row, len(pictures[0])))]
+        image = np.concatenate([part["image"].transpose(2, 0, 1) for part in done])
+        item = (
             torch.from_numpy(image),
             torch.from_numpy(self.meta[i]),
             torch.tensor(self.target[i], dtype=torch.float32),
         )
+        if self.guide is None:
+            return item
+        return *item, torch.from_numpy(self.guide.shrink(done[0]["mask"]))
 
 
 def seed_worker(worker_id: int) -> None:

@@ -183,15 +183,12 @@ def read_sides(runs: list[Path], data: util.Data, keys: pd.DataFrame, split: str
     cropped = np.array([c.get("crop") is not None for c in configs])
     if cropped.all() or not cropped.any():
         raise InputError("zoom blends runs on whole images with runs on crops; name both in --runs")
-    table = data.tables()[split].set_index(ID)
-    short = table.loc[keys[ID], ["width", "height"]].min(axis=1).to_numpy()
-    sides = []
-    for config in (c for c, crop in zip(configs, cropped, strict=True) if crop):
-        path = Path(config["args"]["crop_dir"]) / f"{split}_boxes.csv"
-        boxes = util.read_table(path, ("x0", "x1")).set_index(ID)
-        if not keys[ID].isin(boxes.index).all():
-            raise InputError(f"{path} lacks images that the runs predict; run crop.py again")
-        sides.append((boxes["x1"] - boxes["x0"])[keys[ID]].to_numpy() / short)
+    tables = [
+        util.with_box_side(data.tables()[split], Path(config["args"]["crop_dir"]), split)
+        for config, crop in zip(configs, cropped, strict=True)
+        if crop
+    ]
+    sides = [table.set_index(ID)[util.BOX_SIDE][keys[ID]].to_numpy() for table in tables]
     return np.mean(sides, axis=0), cropped
 
 
@@ -217,6 +214,47 @@ def difference_interval(target, prob, baseline, group) -> list[float]:
     return [float(bound) for bound in np.nanquantile(gains, [0.025, 0.975])]
 
 
+def learn_blend(values, target, fold, group, side: tuple | None) -> tuple:
+    """Learn to blend values (N, K): (cross-fitted blend (N,), weights (K,), zoom parameters).
+
+    side: what read_sides says, for weights that depend on the zoom; None for constant ones.
+    """
+    zoom, learn = None, partial(learn_weights, values, target)
+    if side is not None:
+        zoom, learn = fit_zoom(values, target, *side), partial(learn_zoom, values, target, *side)
+    part = fold if len(np.unique(fold)) > 1 else halves(target, group)
+    everything = np.ones(len(target), dtype=bool)
+    weights = np.atleast_2d(learn(everything)(everything)).mean(axis=0)
+    return cross_fit(learn, values, part), weights, zoom
+
+
+def gain_over_equal_weights(prob, values, target, fold, group) -> dict:
+    """AUC of a blend less that of equal weights, ranked inside folds, with its interval."""
+    ranks, base = util.rank_in_fold(prob, fold), util.rank_in_fold(values.mean(axis=1), fold)
+    return {
+        "equal_weights_auc": util.weighted_auc(target, base),
+        "gain": util.weighted_auc(target, ranks) - util.weighted_auc(target, base),
+        "gain_interval": difference_interval(target, ranks, base, group),
+    }
+
+
+def report(runs: list[Path], config: dict, name: str, metrics: dict) -> None:
+    """Print the runs with their weights, the blend, and what learning the weights gained."""
+    for run, member in zip(runs, config["members"], strict=True):
+        line = util.metrics_line(run.name, util.read_metrics(run))
+        print(f"{line}   weight {member['weight']:.2f}")
+    if config["zoom"] is not None:
+        base, slope = config["zoom"]
+        print(f"weight of the crops: {base:g} + {slope:g} x (1 - side of the box)")
+    print(util.metrics_line(name, metrics))
+    gain = metrics.get("learned")
+    if gain is not None:
+        print(f"equal weights: oof {gain['equal_weights_auc']:.3f}")
+        low, high = gain["gain_interval"]
+        print(f"learned weights over equal ones, cross-fitted: {gain['gain']:+.4f} AUC "
+              f"[{low:+.4f}, {high:+.4f}]" + ("" if low > 0 else ", not proven"))  # fmt: skip
+
+
 def main(args: argparse.Namespace) -> Path:
     """Blend the runs; returns the directory of the blend."""
     runs = find_runs(args.runs, args.runs_dir, args.name)
@@ -228,28 +266,14 @@ def main(args: argparse.Namespace) -> Path:
     group = data.group[keys[ID]].to_numpy()
 
     values = transform(args.mode, prob, fold)
-    equal = np.full(len(runs), 1 / len(runs))
-    weights, zoom, gain = equal, None, None
-    oof_prob = util.combine(args.mode, values, equal)
+    weights, zoom, gain = np.full(len(runs), 1 / len(runs)), None, None
     if args.weights:
         weights = parse_weights(args.weights, names)
-        oof_prob = util.combine(args.mode, values, weights)
-    elif args.mode in LEARNED:
-        learn = partial(learn_weights, values, target)
-        if args.mode == "zoom":
-            side, cropped = read_sides(runs, data, keys, "train")
-            learn = partial(learn_zoom, values, target, side, cropped)
-            zoom = fit_zoom(values, target, side, cropped)
-        part = fold if len(np.unique(fold)) > 1 else halves(target, group)
-        everything = np.ones(len(target), dtype=bool)
-        weights = np.atleast_2d(learn(everything)(everything)).mean(axis=0)
-        oof_prob = cross_fit(learn, values, part)
-        ranks, base = util.rank_in_fold(oof_prob, fold), util.rank_in_fold(values @ equal, fold)
-        gain = {
-            "equal_weights_auc": util.weighted_auc(target, base),
-            "gain": util.weighted_auc(target, ranks) - util.weighted_auc(target, base),
-            "gain_interval": difference_interval(target, ranks, base, group),
-        }
+    oof_prob = util.combine(args.mode, values, weights)
+    if args.mode in LEARNED and not args.weights:
+        side = read_sides(runs, data, keys, "train") if args.mode == "zoom" else None
+        oof_prob, weights, zoom = learn_blend(values, target, fold, group, side)
+        gain = gain_over_equal_weights(oof_prob, values, target, fold, group)
 
     output_dir = util.claim_dir(args.runs_dir / args.name, "metrics.json", args.overwrite)
     config = {
@@ -269,17 +293,7 @@ def main(args: argparse.Namespace) -> Path:
         test = test_keys.assign(**{PROB: util.combine(args.mode, test_values, weights)})
     folds = [{"fold": int(k)} for k in np.unique(fold)]
     metrics = util.write_run(output_dir, oof, test, data, folds, learned=gain)
-    for run, member in zip(runs, config["members"], strict=True):
-        line = util.metrics_line(run.name, util.read_metrics(run))
-        print(f"{line}   weight {member['weight']:.2f}")
-    if zoom is not None:
-        print(f"weight of the crops: {zoom[0]:g} + {zoom[1]:g} x (1 - side of the box)")
-    print(util.metrics_line(args.name, metrics))
-    if gain is not None:
-        print(f"equal weights: oof {gain['equal_weights_auc']:.3f}")
-        low, high = gain["gain_interval"]
-        print(f"learned weights over equal ones, cross-fitted: {gain['gain']:+.4f} AUC "
-              f"[{low:+.4f}, {high:+.4f}]" + ("" if low > 0 else ", not proven"))  # fmt: skip
+    report(runs, config, args.name, metrics)
     return output_dir
 
 

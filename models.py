@@ -93,9 +93,14 @@ def timm_backbone(name: str, weights: str, image_size: int) -> nn.Module:
 
 
 def load_weights(network: nn.Module, head: str, path: Path) -> None:
-    """Load a state_dict file into a backbone; only the keys of its head may differ."""
+    """Load a state_dict, or the backbone of a checkpoint, into a backbone; only the keys of its
+    head may differ."""
     state = read_torch_file(path)
+    own_checkpoint = "spec" in state
     state = state.get("state_dict", state)
+    if own_checkpoint:
+        prefix = "backbone."
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     own = network.state_dict()
     body = {key: value for key, value in state.items() if not key.startswith(head + ".")}
     wrong = [key for key in own if not key.startswith(head + ".") and key not in body]
@@ -284,11 +289,12 @@ class ChipNet(Network):
             maps.append(dihedral(attention, view, inverse=True))
         return torch.stack(maps).mean(dim=0)
 
-    def forward(self, image: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-        """image (N, 3, S, S) -> logit (N, 1)."""
+    def forward(self, image: torch.Tensor, meta: torch.Tensor, with_attention: bool = False):
+        """image (N, 3, S, S) -> logit (N, 1), and on demand the attention (N, h, w) behind it."""
         embedding = self.embed(image)
-        pooled = (embedding * self.weigh(embedding).unsqueeze(1)).sum(dim=(2, 3))  # (N, C)
-        return self.head(pooled)
+        attention = self.weigh(embedding)
+        logit = self.head((embedding * attention.unsqueeze(1)).sum(dim=(2, 3)))
+        return (logit, attention) if with_attention else logit
 
 
 @dataclass(frozen=True)

@@ -136,13 +136,15 @@ class Run:
 
     def predict(self, images: Images, columns: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
         """Probability (N,) by fold; the mean goes into `columns` under the run's name."""
-        array = images.squares
+        array, table = images.squares, images.table
         if self.sees_crops:
-            crops = self.look(images).crops
+            look = self.look(images)
+            sides = np.array([box.side for box in look.boxes]) / np.min(images.sizes, axis=1)
+            crops, table = look.crops, table.assign(**{util.BOX_SIDE: sides})
             array = np.concatenate([array, crops], axis=3) if len(self.inputs) > 1 else crops
         probs = {}
         for k, network in self.networks.items():
-            meta = self.encoders[k].encode(images.table)
+            meta = self.encoders[k].encode(table)
             batches = [
                 (torch.from_numpy(array[i : i + BATCH]).permute(0, 3, 1, 2),
                  torch.from_numpy(meta[i : i + BATCH]), None)

@@ -48,6 +48,11 @@ def focal_loss(logit: torch.Tensor, target: torch.Tensor, gamma: float = 2.0) ->
     return ((1 - torch.exp(-loss)) ** gamma * loss).mean()
 
 
+def guide_loss(attention: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
+    """Mean Kullback-Leibler divergence of attention (N, h, w) from maps (N, h, w), both sum 1."""
+    return F.kl_div(attention.clamp_min(1e-12).log(), guide, reduction="none").sum((1, 2)).mean()
+
+
 LOSSES = {"focal": focal_loss, "bce": partial(focal_loss, gamma=0.0)}
 
 
@@ -78,6 +83,10 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
         settings.crop_dir = args.data_dir / "crops" / "chipnet"
     if settings.crop_dir is None:
         settings.jitter = None
+    if settings.guide is None:
+        settings.guide_weight = None
+    elif recipe.network is not models.ChipNet:
+        raise InputError(f"--guide is for chipnet; {args.model} has no attention to guide")
     settings.name = args.name or args.model
     if not recipe.gated:
         settings.gate_init, settings.gate_lr, settings.routing = None, None, "off"
@@ -121,17 +130,28 @@ def find_arrays(settings: argparse.Namespace, data: util.Data) -> tuple[dict, di
     return {f"{path.parent.name}/{path.name}": value for path, value in needed.items()}, crop
 
 
+def read_tables(settings: argparse.Namespace, data: util.Data) -> dict[str, pd.DataFrame]:
+    """Tables by split; where crops are used, with the columns of their boxes."""
+    if settings.crop_dir is None:
+        return data.tables()
+    return {
+        split: util.with_box_side(table, settings.crop_dir, split)
+        for split, table in data.tables().items()
+    }
+
+
 def image_sources(
-    settings: argparse.Namespace, data: util.Data, split: str, crop: dict | None, jitter: bool
+    settings: argparse.Namespace, data: util.Data, split: str, crop: dict | None, place=None
 ) -> list:
-    """Where the pictures of a split come from, one source per picture that the model sees."""
+    """Where the pictures of a split come from, one source per picture that the model sees.
+
+    place: of the boxes in their wide crops (N, 3), to jitter them.
+    """
     n_rows = len(data.tables()[split])
     whole = dataset.Stored(util.array_path(data.directory, split, data.size), n_rows)
     if crop is None:
         return [whole]
-    if jitter:
-        boxes = util.read_table(settings.crop_dir / f"{split}_boxes.csv", util.PLACE)
-        place = boxes[list(util.PLACE)].to_numpy()
+    if place is not None:
         path = util.array_path(settings.crop_dir, f"{split}_wide", crop["wide_size"])
         cropped = dataset.Jittered(dataset.Stored(path, n_rows), whole, place, data.size)
     else:
@@ -139,6 +159,20 @@ def image_sources(
         cropped = dataset.Stored(path, n_rows)
     inputs = models.MODELS[settings.model].inputs
     return [whole, cropped] if len(inputs) > 1 else [cropped]
+
+
+def fold_weights(settings: argparse.Namespace, data: util.Data, k: int) -> str:
+    """Weights that fold k starts from: where --weights names a run, that fold's network of it.
+
+    Raises InputError where that run has other folds: its network would have seen held-out images.
+    """
+    run_dir = Path(settings.weights)
+    if not run_dir.is_dir():
+        return settings.weights
+    if util.read_config(run_dir)["data"]["folds_sha256"] != util.folds_sha256(data.train):
+        raise InputError(f"--weights {run_dir} was trained on other folds; its networks have seen "
+                         "images that are held out here")  # fmt: skip
+    return str(run_dir / f"fold{k}_best.pt")
 
 
 def make_spec(settings: argparse.Namespace, image_size: int, meta_dim: int) -> dict:
@@ -159,7 +193,8 @@ def meta_columns(settings: argparse.Namespace, table: pd.DataFrame) -> list[str]
     for name in settings.meta_cols or ():
         if name not in table:
             raise InputError(f"--meta_cols {name}: the train table has {', '.join(table)}")
-    return list(dataset.META_COLUMNS if settings.meta_cols is None else settings.meta_cols)
+    standard = [*dataset.META_COLUMNS, util.BOX_SIDE]  # a crop does not show its own size
+    return standard if settings.meta_cols is None else settings.meta_cols
 
 
 def pick_rows(target: np.ndarray, rows: np.ndarray, limit: int | None) -> np.ndarray:
@@ -262,9 +297,11 @@ def record_fold(
 class Trainer:
     """A network with its optimizers and where its training stands."""
 
-    def __init__(self, settings: argparse.Namespace, spec: dict, device: torch.device):
+    def __init__(
+        self, settings: argparse.Namespace, spec: dict, weights: str, device: torch.device
+    ):
         self.settings, self.spec, self.device = settings, spec, device
-        self.model = models.build_model(spec, settings.weights).to(device)
+        self.model = models.build_model(spec, weights).to(device)
         self.optimizer = torch.optim.Adam(self.model.param_groups(settings.lr, settings.head_lr))
         gates, gate_optimizer = fsg.gate_parameters(self.model), None
         if gates and settings.routing == "off":
@@ -297,13 +334,16 @@ class Trainer:
         """One pass over a loader; returns the mean loss. Raises InputError where it diverges."""
         self.model.train()
         loss_function, total, count = LOSSES[self.settings.loss], 0.0, 0
-        for image, meta, target in tqdm(loader, desc=description, leave=False, unit="batch"):
-            batch = [part.to(self.device, non_blocking=True) for part in (image, meta, target)]
+        for batch in tqdm(loader, desc=description, leave=False, unit="batch"):
+            image, *_ = batch = [part.to(self.device, non_blocking=True) for part in batch]
 
-            def compute_loss(image, meta, target):
+            def compute_loss(image, meta, target, guide=None):
                 with models.autocast(self.device, self.settings.amp):
-                    logit = self.model(image, meta)
-                return loss_function(logit.float(), target)
+                    if guide is None:
+                        return loss_function(self.model(image, meta).float(), target)
+                    logit, attention = self.model(image, meta, with_attention=True)
+                likeness = guide_loss(attention.float(), guide)
+                return loss_function(logit.float(), target) + self.settings.guide_weight * likeness
 
             loss = self.routing.step(partial(compute_loss, *batch)).item()
             if not math.isfinite(loss):
@@ -371,6 +411,38 @@ def fit(trainer: Trainer, k: int, train: ImageDataset, valid: ImageDataset, run_
         )
 
 
+def make_datasets(
+    k: int, settings: argparse.Namespace, data: util.Data, crop: dict | None
+) -> tuple[dict[str, ImageDataset], MetaEncoder]:
+    """Images of fold k to "train" on, "valid" (held out) and "test", if any; their encoder."""
+    tables, is_chipnet = read_tables(settings, data), settings.model == "chipnet"
+    table = tables["train"]
+    target = util.check_target(table, data.directory / "train.csv")
+    held_out = table[FOLD].to_numpy() == k
+    rows = {
+        "train": pick_rows(target, np.flatnonzero(~held_out), settings.limit),
+        "valid": pick_rows(target, np.flatnonzero(held_out), settings.limit),
+    }
+    encoder = MetaEncoder({})  # ChipNet takes no metadata
+    if not is_chipnet:
+        encoder = MetaEncoder.fit(table.iloc[rows["train"]], meta_columns(settings, table))
+    meta, images = encoder.encode(table), {}
+    place = table[list(util.PLACE)].to_numpy() if settings.jitter else None
+    for part, where in (("train", place), ("valid", None)):
+        sources, chosen = image_sources(settings, data, "train", crop, where), rows[part]
+        images[part] = ImageDataset(sources, chosen, meta[chosen], target[chosen])
+    shift = models.CHIP // 2 if is_chipnet else 0  # as much as crop.py shifts the chips
+    images["train"].transform = dataset.train_transform(data.size, shift)
+    if settings.guide is not None:
+        path = settings.guide / "train_attention.npy"
+        images["train"].guide = dataset.Guide(path, len(table), data.size // models.CHIP)
+    if data.test is not None:
+        chosen = np.arange(len(data.test))[: settings.limit]
+        sources = image_sources(settings, data, "test", crop)
+        images["test"] = ImageDataset(sources, chosen, encoder.encode(tables["test"])[chosen])
+    return images, encoder
+
+
 def run_fold(
     k: int,
     settings: argparse.Namespace,
@@ -380,55 +452,35 @@ def run_fold(
     device: torch.device,
 ) -> dict:
     """Train fold k, predict its held-out rows and the test images; returns the run's metrics."""
-    table = data.train
-    target = util.check_target(table, data.directory / "train.csv")
-    held_out = table[FOLD].to_numpy() == k
-    train_rows = pick_rows(target, np.flatnonzero(~held_out), settings.limit)
-    valid_rows = pick_rows(target, np.flatnonzero(held_out), settings.limit)
-    encoder = MetaEncoder.fit(table.iloc[train_rows], meta_columns(settings, table))
-    shift = 0
-    if models.MODELS[settings.model].network is models.ChipNet:
-        encoder = MetaEncoder({})  # ChipNet takes no metadata
-        shift = models.CHIP // 2  # crop.py shifts the chips by as much
-
-    def images(rows: np.ndarray, jitter: bool, transform=None) -> ImageDataset:
-        sources = image_sources(settings, data, "train", crop, jitter)
-        meta = encoder.encode(table.iloc[rows])
-        return ImageDataset(sources, rows, meta, target[rows], transform)
-
-    transform = dataset.train_transform(data.size, shift)
-    train = images(train_rows, bool(settings.jitter), transform)
-    valid = images(valid_rows, jitter=False)
+    images, encoder = make_datasets(k, settings, data, crop)
     torch.manual_seed(epoch_seed(settings.seed, k, 0))  # initial weights
-    trainer = Trainer(settings, make_spec(settings, data.size, encoder.dim), device)
+    spec = make_spec(settings, data.size, encoder.dim)
+    trainer = Trainer(settings, spec, fold_weights(settings, data, k), device)
     last_path = run_dir / f"fold{k}_last.pt"
     if settings.resume and last_path.exists():
         trainer.load(last_path)
-    fit(trainer, k, train, valid, run_dir, {"fold": k, "encoder": encoder.columns})
+    extra = {"fold": k, "encoder": encoder.columns}
+    fit(trainer, k, images["train"], images["valid"], run_dir, extra)
 
     trainer.model = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)[0]
-    loader = partial(dataset.eval_loader, batch_size=settings.batch_size, workers=settings.workers)
-    prob = trainer.predict(loader(valid), settings.tta)
-    ids = table[ID].to_numpy()[valid_rows]
-    oof = pd.DataFrame({ID: ids, FOLD: k, TARGET: target[valid_rows], PROB: prob})
-    test = None
-    if data.test is not None:
-        rows = np.arange(len(data.test))[: settings.limit]
-        meta = encoder.encode(data.test.iloc[rows])
-        test_images = ImageDataset(image_sources(settings, data, "test", crop, False), rows, meta)
-        prob = trainer.predict(loader(test_images), settings.tta)
-        test = pd.DataFrame({ID: data.test[ID].to_numpy()[rows], FOLD: k, PROB: prob})
+    tables = {}
+    for part in images.keys() - {"train"}:
+        loader = dataset.eval_loader(images[part], settings.batch_size, settings.workers)
+        prob, rows = trainer.predict(loader, settings.tta), images[part].rows
+        ids = (data.test if part == "test" else data.train)[ID].to_numpy()[rows]
+        tables[part] = pd.DataFrame({ID: ids, FOLD: k, PROB: prob})
+    tables["valid"].insert(2, TARGET, images["valid"].target)
     progress = trainer.progress
     facts = {
         "fold": k,
-        "train_rows": len(train_rows),
+        "train_rows": len(images["train"]),
         "epochs": progress["epoch"],
         "best_epoch": progress["best_epoch"],
         "best_valid_auc": progress["best_auc"],
         "last_valid_auc": progress["auc"],
         "seconds": progress["seconds"],
     }
-    return record_fold(run_dir, data, facts, oof, test)
+    return record_fold(run_dir, data, facts, tables["valid"], tables.get("test"))
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -438,9 +490,12 @@ def main(args: argparse.Namespace) -> Path:
     data = util.read_data(settings.data_dir)
     folds = parse_folds(settings.fold, data.facts["n_folds"])
     arrays, crop = find_arrays(settings, data)
-    meta_columns(settings, data.train)
+    meta_columns(settings, read_tables(settings, data)["train"])
+    if settings.guide is not None:
+        util.open_maps(settings.guide / "train_attention.npy", len(data.train))
     spec = make_spec(settings, data.size, meta_dim=0)
-    models.build_model(spec, settings.weights)  # fails here, before anything is written
+    for k in folds:  # fails here, before anything is written
+        models.build_model(spec, fold_weights(settings, data, k))
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
     config = {
         "args": plain,
@@ -464,7 +519,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument("--model", choices=sorted(models.MODELS), required=True, help="what to fit")
     model.add_argument("--backbone", help="torchvision name, timm:NAME, regnet_tiny or vit_tiny "
                        "[resnet50; vit_b_16 for fsg_vit]")  # fmt: skip
-    model.add_argument("--weights", default="imagenet", help="imagenet, none or a weights file")
+    model.add_argument(
+        "--weights",
+        default="imagenet",
+        help="imagenet, none, a file, or a run: its network of the fold",
+    )
     model.add_argument("--hidden", type=count, help="width of the metadata branch or attention "
                        "[256; chipnet 512]")  # fmt: skip
     model.add_argument("--dropout", type=util.number(float, 0, 1), default=0.7,
@@ -477,7 +536,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                       "[crops/chipnet in --data_dir for cropnet and fusion]")  # fmt: skip
     data.add_argument("--jitter", action=argparse.BooleanOptionalAction, default=True,
                       help="move and scale the boxes while training on crops")  # fmt: skip
-    data.add_argument("--meta_cols", nargs="*", help="metadata columns [sex, age and site]")
+    data.add_argument("--meta_cols", nargs="*", help="metadata columns [sex, age and site; "
+                      "with crops also box_side]")  # fmt: skip
     data.add_argument("--limit", type=count, help="use this many images per class: a dry run")
     fitting = parser.add_argument_group("optimisation")
     fitting.add_argument("--fold", nargs="+", default=["all"], help="held-out folds from 0, or all")
@@ -496,6 +556,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                          help="how gates and weights are stepped (fsg.py)")  # fmt: skip
     fitting.add_argument("--seed", type=util.number(int, 0), default=0,
                          help="of weights and augmentation")  # fmt: skip
+    fitting.add_argument("--guide", type=Path, help="crops of crop.py whose maps the attention of "
+                         "chipnet should resemble")  # fmt: skip
+    fitting.add_argument("--guide_weight", type=positive, default=1.0, help="of that likeness")
     run = parser.add_argument_group("run")
     run.add_argument("--name", help="of the run directory [the model's]")
     run.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are kept")

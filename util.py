@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 
 ID, TARGET, FOLD, PROB = "image_name", "target", "fold", "prob"
 PLACE = ("place_x", "place_y", "place_side")  # of a box in its wide crop, in fractions of it
+BOX_SIDE = "box_side"  # of the box over the short side of its image: 1 is the whole square
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 BOOTSTRAP_SAMPLES = 1000
 RANK_MODES = ("rank", "weights", "zoom")  # blends of ranks
@@ -273,6 +274,20 @@ def groups_of(table: pd.DataFrame, group_col: str | None) -> np.ndarray:
     return table[group_col].map("group:{}".format).where(table[group_col].notna(), own).to_numpy()
 
 
+def with_box_side(table: pd.DataFrame, crop_dir: Path, split: str) -> pd.DataFrame:
+    """A table of Data with the side of every image's box over the image's short side.
+
+    Raises InputError where the boxes are of other images.
+    """
+    path = crop_dir / f"{split}_boxes.csv"
+    boxes = read_table(path, ("x0", "x1", *PLACE))
+    if boxes[ID].tolist() != table[ID].tolist():
+        raise InputError(f"{path} has boxes of other images than the table; run crop.py again")
+    short = table[["width", "height"]].min(axis=1)
+    place = {column: boxes[column].to_numpy() for column in PLACE}
+    return table.assign(**{BOX_SIDE: (boxes["x1"] - boxes["x0"]).to_numpy() / short}, **place)
+
+
 # ---------------------------------------------------------------- arrays
 def array_path(directory: Path, split: str, size: int) -> Path:
     """Where the images of a split lie: (N, size, size, 3) uint8."""
@@ -307,6 +322,21 @@ def open_array(path: Path, rows: int) -> np.ndarray:
     if len(array) != rows:
         raise InputError(f"{path} has {len(array)} images but its table has {rows} rows")
     return array
+
+
+def open_maps(path: Path, rows: int) -> np.ndarray:
+    """Memory-map attention (rows, h, w) float32; raises InputError if it is anything else."""
+    try:
+        maps = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; run crop.py first") from None
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path} is not a readable array ({error}); write it again") from None
+    if maps.dtype != np.float32 or maps.ndim != 3 or len(maps) != rows:
+        raise InputError(
+            f"{path} holds {maps.dtype} {maps.shape}; float32 ({rows}, h, w) is expected"
+        )
+    return maps
 
 
 # ---------------------------------------------------------------- images

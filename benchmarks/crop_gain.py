@@ -7,7 +7,8 @@ Trains what is missing in --runs_dir: full (resnet), crop (cropnet), fusion, and
 each and of their blends, for all images and for lesions below 20 % of the square, and their gain
 over the control, which is the mean of two full nets of different seeds. Blends are averaged over
 all pairs of seeds; intervals are 95 %, by bootstrap over groups. "zoom" is ensemble.py zoom:
-weights by the side of the box, cross-fitted; the others are rank means.
+weights by the side of the box, cross-fitted; the others are rank means. No patient data is used;
+nets on crops are told the side of their box, for a crop does not show its own size.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def train(arm: str, seed: int, args: argparse.Namespace, flags: list[str]) -> Pa
         crop_dir = {"full": None, "oracle": args.oracle_dir}.get(arm, args.crop_dir)
         words = [sys.executable, script, "--model", ARMS[arm], "--name", run_dir.name, "--seed",
                  seed, "--data_dir", args.data_dir, "--runs_dir", args.runs_dir, "--resume",
-                 *([] if crop_dir is None else ["--crop_dir", crop_dir]), *flags]  # fmt: skip
+                 *([] if crop_dir is None else ["--crop_dir", crop_dir]), *flags, "--meta_cols",
+                 *([] if crop_dir is None else [util.BOX_SIDE])]  # fmt: skip
         subprocess.run([str(word) for word in words], check=True)
     return run_dir
 
@@ -57,13 +59,6 @@ def zoom_blend(pair: tuple, side: np.ndarray, target: np.ndarray, fold: np.ndarr
     return util.rank_in_fold(ensemble.cross_fit(learn, values, fold), fold)
 
 
-def box_sides(crop_dir: Path, data: util.Data) -> np.ndarray:
-    """Side of every box over the short side of its image (N,)."""
-    boxes = util.read_table(crop_dir / "train_boxes.csv", ("x0", "x1"))
-    short = data.train[["width", "height"]].min(axis=1).to_numpy()
-    return (boxes["x1"] - boxes["x0"]).to_numpy() / short
-
-
 def make_blends(found: dict, args: argparse.Namespace, data: util.Data) -> dict:
     """Scores to compare, by name: for each a list of (N,), one per seed or pair of seeds."""
     target, fold = data.train[TARGET].to_numpy(), data.train[FOLD].to_numpy()
@@ -71,7 +66,7 @@ def make_blends(found: dict, args: argparse.Namespace, data: util.Data) -> dict:
     scores["full + full (control)"] = [sum(pair) for pair in combinations(found["full"], 2)]
     for arm, crop_dir in (("crop", args.crop_dir), ("oracle", args.oracle_dir)):
         if arm in found:
-            side = box_sides(crop_dir, data)
+            side = util.with_box_side(data.train, crop_dir, "train")[util.BOX_SIDE].to_numpy()
             pairs = list(product(found["full"], found[arm]))
             scores[f"full + {arm}"] = [sum(pair) for pair in pairs]
             scores[f"full + {arm}, zoom"] = [zoom_blend(p, side, target, fold) for p in pairs]
@@ -113,8 +108,10 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     share = lesions.shares(data.train, lesions.find_mask_dir(data, args.mask_dir))
     subsets = {"all": np.ones(len(target), dtype=bool), "small": share < lesions.SMALL}
     for name, rows in subsets.items():
-        print(f"\n{name}: {rows.sum()} images, {target[rows].sum()} positive, "
-              f"{len(args.seeds)} seeds, {data.facts['n_folds']} folds, {data.size} px\n")  # fmt: skip
+        print(
+            f"\n{name}: {rows.sum()} images, {target[rows].sum()} positive, {len(args.seeds)} "
+            f"seeds, {data.facts['n_folds']} folds, {data.size} px\n"
+        )
         print("| | AUC | sd over seeds | against full + full |\n|---|---|---|---|")
         for arm, (auc, spread, gain, low, high) in compare(scores, target, rows, group).items():
             print(f"| {arm} | {auc:.3f} | {spread:.3f} | {gain:+.3f} [{low:+.3f}, {high:+.3f}] |")

@@ -72,6 +72,69 @@ def test_predictions_are_those_of_the_best_checkpoint(runs_dir, data_dir):
     assert np.allclose(test["prob"][test["fold"] == 1], prob, atol=1e-6)
 
 
+def test_guided_attention_comes_to_resemble_the_maps(data_dir, tmp_path):
+    guide = tmp_path / "guide"
+    guide.mkdir()
+    maps = np.full((24, 8, 8), 1e-6, np.float32)
+    maps[:, 3:5, 3:5] = 0.25  # the centre: no symmetry or small shift moves it away
+    np.save(guide / "train_attention.npy", maps)
+    words = ["--epochs", 6, "--patience", 6, "--fold", 0, "--guide", guide]
+    runs = {w: fit(data_dir, tmp_path / w, *words, "--guide_weight", w, model="chipnet")
+            for w in ("0", "3")}  # fmt: skip
+    image = util.open_array(data_dir / "train_64.npy", 24)
+    uniform = torch.full((24, 2, 2), 0.25)
+    loss = {}
+    for weight, run in runs.items():
+        network = models.load_checkpoint(run / "fold0_last.pt")[0]
+        attention = network.attention(torch.from_numpy(np.array(image)).permute(0, 3, 1, 2))
+        loss[weight] = train.guide_loss(attention, uniform).item()
+    assert loss["3"] < 0.5 * loss["0"]
+    with pytest.raises(InputError, match="--guide is for chipnet"):
+        fit(data_dir, tmp_path, "--guide", guide)
+    np.save(guide / "train_attention.npy", maps[:5])
+    with pytest.raises(InputError, match=r"float32 \(24, h, w\) is expected"):
+        fit(data_dir, tmp_path / "other", "--guide", guide, model="chipnet")
+
+
+def test_guides_turn_with_their_images(data_dir):
+    """A map drawn from the image itself must stay where the image shows it."""
+    from dataset import Guide, ImageDataset, Stored, train_transform
+
+    size, disc = 64, np.zeros((64, 64), np.uint8)
+    disc[40:56, 8:24] = 1
+    path = data_dir / "guide_test.npy"
+    np.save(path, np.where(disc[None, ..., None], 250, 5).astype(np.uint8).repeat(3, axis=3))
+    np.save(data_dir / "guide_maps.npy", disc[None].astype(np.float32))
+    guide = Guide(data_dir / "guide_maps.npy", 1, 4)
+    images = ImageDataset([Stored(path, 1)], [0], np.zeros((1, 0)), None,
+                          train_transform(size, 16), guide)  # fmt: skip
+    for _ in range(20):
+        image, _, _, attention = images[0]
+        seen = (image.float().mean(dim=0) > 128).float()
+        cells = torch.nn.functional.avg_pool2d(seen[None], 16)[0]
+        assert torch.allclose(attention, cells / cells.sum(), atol=0.08)
+    path.unlink()
+    (data_dir / "guide_maps.npy").unlink()
+
+
+def test_weights_of_a_run_start_each_fold_from_its_own_network(data_dir, runs_dir, tmp_path):
+    args = ["--weights", runs_dir / "resnet", "--lr", 0, "--head_lr", 0]
+    run = fit(data_dir, tmp_path, *args, model="fusion")
+    for k in (0, 1):
+        old, new = (
+            models.load_checkpoint(r / f"fold{k}_best.pt")[0] for r in (runs_dir / "resnet", run)
+        )
+        for (key, a), b in zip(old.backbone.named_parameters(), new.backbone.parameters(),
+                               strict=True):  # fmt: skip
+            assert torch.equal(a, b), key
+    other = shutil.copytree(runs_dir / "resnet", tmp_path / "other")
+    config = util.read_json(other / "config.json")
+    config["data"]["folds_sha256"] = "other"
+    util.write_json(other / "config.json", config)
+    with pytest.raises(InputError, match="trained on other folds"):
+        fit(data_dir, tmp_path / "no", "--weights", other)
+
+
 def test_encoder_never_sees_the_held_out_fold(source, tmp_path):
     table = pd.read_csv(source / "train.csv", dtype={"image_name": str})
     data_dir = call("preprocess", "--train_csv", source / "train.csv", "--output_dir",
