@@ -14,8 +14,8 @@ demo: .venv/installed
 	$(RUN) preprocess.py --output_dir demo/data
 	$(RUN) train.py --model resnet $(DEMO) $(SMALL) --epochs 20
 	$(RUN) train.py --model chipnet $(DEMO) $(SMALL) --epochs 20
-	$(RUN) crop.py --run demo/runs/chipnet --data_dir demo/data
-	$(RUN) train.py --model cropnet $(DEMO) $(SMALL) --epochs 12
+	$(RUN) crop.py --source attention --run demo/runs/chipnet --data_dir demo/data
+	$(RUN) train.py --model cropnet --crop_dir demo/data/crops/chipnet $(DEMO) $(SMALL) --epochs 12
 	$(RUN) train.py --model fsg_vit $(DEMO) $(SMALL) --backbone vit_tiny --epochs 20
 	$(RUN) ensemble.py weights --runs_dir demo/runs
 	$(RUN) example_data/report.py --demo_dir demo

@@ -6,8 +6,8 @@ Writes  --output_dir/NAME/: {train,test}_224.npy, train_wide_314.npy (for jitter
         {train,test}_boxes.csv, {train,test}_attention.npy, saliency.pt, crop.json, montage.png
 
     python crop.py
-    python crop.py --run runs/chipnet --rule original --num_devs 1.0
-    python crop.py --source saliency --backbone resnet50
+    python crop.py --source attention --run runs/chipnet --rule original --num_devs 1.0
+    python crop.py --source attention*saliency --run runs/chipnet
     python crop.py --source gradcam --run runs/resnet
     python crop.py --source boxes --boxes detector.csv
 
@@ -279,7 +279,7 @@ def main(args: argparse.Namespace) -> Path:
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser, count = util.new_parser(__doc__), util.number(int, 1)
-    parser.add_argument("--source", choices=localize.SOURCES, default="attention",
+    parser.add_argument("--source", choices=localize.SOURCES, default="saliency",
                         help="where maps or boxes come from")  # fmt: skip
     parser.add_argument("--run", type=Path, default=Path("runs/chipnet"),
                         help="of attention (a ChipNet run) and gradcam")  # fmt: skip

@@ -307,7 +307,7 @@ def make_source(kind: str, network, saliency: Saliency | None, shifts: int):
 
 
 class Product:
-    """Cell by cell product of two maps, on the finer grid: where both look."""
+    """Cell by cell geometric mean of two maps, on the finer grid: where both look."""
 
     def __init__(self, first, second):
         self.sources = first, second
@@ -317,7 +317,7 @@ class Product:
         maps = [source.attention(image, views).unsqueeze(1) for source in self.sources]
         size = max(tuple(m.shape[-2:]) for m in maps)
         fine = [F.interpolate(m, size=size, mode="bilinear") for m in maps]
-        return normalised((fine[0] * fine[1]).squeeze(1))
+        return normalised((fine[0] * fine[1]).sqrt().squeeze(1))
 
 
 def upsample(attention: np.ndarray, size: int = GRID) -> np.ndarray:

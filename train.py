@@ -80,7 +80,7 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
         if getattr(settings, key) is None:
             setattr(settings, key, getattr(recipe, key))
     if "crop" in recipe.inputs and args.crop_dir is None:
-        settings.crop_dir = args.data_dir / "crops" / "chipnet"
+        settings.crop_dir = args.data_dir / "crops" / "saliency"
     if settings.crop_dir is None:
         settings.jitter = None
     if settings.guide is None:
@@ -533,7 +533,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--data_dir", type=Path, default=Path("data"), help="from preprocess.py")
     data.add_argument("--crop_dir", type=Path, help="train on these crops of crop.py "
-                      "[crops/chipnet in --data_dir for cropnet and fusion]")  # fmt: skip
+                      "[crops/saliency in --data_dir for cropnet and fusion]")  # fmt: skip
     data.add_argument("--jitter", action=argparse.BooleanOptionalAction, default=True,
                       help="move and scale the boxes while training on crops")  # fmt: skip
     data.add_argument("--meta_cols", nargs="*", help="metadata columns [sex, age and site; "

@@ -1,6 +1,6 @@
 """What the crop is worth: the same folds and recipe with and without it, over several seeds.
 
-    python benchmarks/crop_gain.py DATA_DIR --crop_dir CROPS --runs_dir runs [train.py flags]
+    python benchmarks/crop_gain.py DATA_DIR --crop_dir CROPS --train_flags='--epochs 3'
 
 Trains what is missing in --runs_dir: full (resnet), crop (cropnet), fusion, and with --oracle_dir
 (crops by mask boxes) oracle, once per seed. Prints the out-of-fold AUC (ranked inside folds) of
@@ -12,6 +12,7 @@ nets on crops are told the side of their box, for a crop does not show its own s
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -29,7 +30,7 @@ from util import FOLD, ID, PROB, TARGET
 ARMS = {"full": "resnet", "crop": "cropnet", "fusion": "fusion", "oracle": "cropnet"}
 
 
-def train(arm: str, seed: int, args: argparse.Namespace, flags: list[str]) -> Path:
+def train(arm: str, seed: int, args: argparse.Namespace) -> Path:
     """Train one arm with one seed unless that is done; returns its run directory."""
     run_dir = args.runs_dir / f"{arm}_seed{seed}"
     n_folds = util.read_data(args.data_dir).facts["n_folds"]
@@ -37,10 +38,10 @@ def train(arm: str, seed: int, args: argparse.Namespace, flags: list[str]) -> Pa
     if not done.exists() or len(util.read_metrics(run_dir)["folds"]) < n_folds:
         script = Path(__file__).resolve().parent.parent / "train.py"
         crop_dir = {"full": None, "oracle": args.oracle_dir}.get(arm, args.crop_dir)
+        crops, meta = ([], []) if crop_dir is None else (["--crop_dir", crop_dir], [util.BOX_SIDE])
         words = [sys.executable, script, "--model", ARMS[arm], "--name", run_dir.name, "--seed",
                  seed, "--data_dir", args.data_dir, "--runs_dir", args.runs_dir, "--resume",
-                 *([] if crop_dir is None else ["--crop_dir", crop_dir]), *flags, "--meta_cols",
-                 *([] if crop_dir is None else [util.BOX_SIDE])]  # fmt: skip
+                 *crops, "--meta_cols", *meta, *args.train_flags]  # fmt: skip
         subprocess.run([str(word) for word in words], check=True)
     return run_dir
 
@@ -96,13 +97,11 @@ def compare(scores: dict, target: np.ndarray, rows: np.ndarray, group: np.ndarra
     }  # fmt: skip
 
 
-def main(args: argparse.Namespace, flags: list[str]) -> None:
+def main(args: argparse.Namespace) -> None:
     """Train, compare, print."""
     data = util.read_data(args.data_dir)
     arms = [arm for arm in ARMS if arm != "oracle" or args.oracle_dir]
-    found = {
-        arm: [ranks(train(arm, seed, args, flags), data) for seed in args.seeds] for arm in arms
-    }
+    found = {arm: [ranks(train(arm, seed, args), data) for seed in args.seeds] for arm in arms}
     scores = make_blends(found, args, data)
     target, group = data.train[TARGET].to_numpy(), data.group.to_numpy()
     share = lesions.shares(data.train, lesions.find_mask_dir(data, args.mask_dir))
@@ -117,12 +116,19 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
             print(f"| {arm} | {auc:.3f} | {spread:.3f} | {gain:+.3f} [{low:+.3f}, {high:+.3f}] |")
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
+    """Command line of this benchmark."""
     parser = util.new_parser(__doc__)
     parser.add_argument("data_dir", type=Path, help="from preprocess.py, with masks beside")
     parser.add_argument("--crop_dir", type=Path, required=True, help="crops to judge")
     parser.add_argument("--oracle_dir", type=Path, help="crops by mask boxes: the ceiling")
-    parser.add_argument("--mask_dir", type=Path, help="NAME.png per image [masks/ by the images]")
+    parser.add_argument("--mask_dir", type=Path, help="NAME.png by image [masks/ by the images]")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs/crop_gain"), help="of the arms")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two")
-    main(*parser.parse_known_args())
+    parser.add_argument("--train_flags", type=shlex.split, default=[], help="for train.py, as one "
+                        "word: --train_flags='--epochs 3'")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    util.run_script(main, get_args_parser())

@@ -90,7 +90,8 @@ def coverage(mask: np.ndarray, box: Box) -> float:
 
 def best_boxes(attention: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """IoU of the best blob's bounding box with the mask's, by threshold (T,)."""
-    raster = localize.upsample(attention / attention.max())
+    raster = localize.upsample(attention)
+    raster = raster / raster.max()
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     scale = GRID / len(mask)
     truth = Box(columns[0] * scale, rows[0] * scale, (columns[-1] + 1) * scale,
@@ -202,11 +203,16 @@ def main(args: argparse.Namespace) -> None:
         print(f"| {name} | " + " | ".join(values) + " |")
 
 
-if __name__ == "__main__":
+def get_args_parser() -> argparse.ArgumentParser:
+    """Command line of this benchmark."""
     parser = util.new_parser(__doc__)
     parser.add_argument("data_dir", type=Path, help="from preprocess.py, with crops/")
     parser.add_argument("--folds", type=int, nargs="+", help="held-out folds to judge [all]")
-    parser.add_argument("--mask_dir", type=Path, help="NAME.png per image [masks/ by the images]")
+    parser.add_argument("--mask_dir", type=Path, help="NAME.png by image [masks/ by the images]")
     parser.add_argument("--show", default="saliency", help="crops of which the montage is made")
     parser.add_argument("--montage", type=Path, help="picture of best, median and worst boxes")
-    util.run_script(main, parser)
+    return parser
+
+
+if __name__ == "__main__":
+    util.run_script(main, get_args_parser())

@@ -18,8 +18,11 @@ SMALL = 0.2  # share of the centre square below which a lesion counts as small
 
 
 def read_mask(mask_dir: Path, name: str, size: tuple[int, int]) -> np.ndarray:
-    """Mask NAME.png of an original of size (width, height): bool (height, width)."""
+    """Mask NAME.png, or NAME_segmentation.png as the ISIC archive has it, of an original of size
+    (width, height): bool (height, width)."""
     path = mask_dir / f"{name}.png"
+    if not path.exists():
+        path = mask_dir / f"{name}_segmentation.png"
     mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if mask is None:
         raise InputError(f"{path} is missing or broken; pass the masks' folder with --mask_dir")

@@ -99,8 +99,10 @@ def runs_dir(data_dir, tmp_path_factory) -> Path:
     where = ["--data_dir", data_dir, "--runs_dir", runs]
     for model in ("resnet", "chipnet"):
         call("train", "--model", model, *where, *SMALL_MODEL)
-    call("crop", "--run", runs / "chipnet", "--data_dir", data_dir, "--device", "cpu")
-    call("train", "--model", "cropnet", *where, *SMALL_MODEL)
+    call("crop", "--source", "attention", "--run", runs / "chipnet", "--data_dir", data_dir,
+         "--device", "cpu")  # fmt: skip
+    call("train", "--model", "cropnet", "--crop_dir", data_dir / "crops" / "chipnet", *where,
+         *SMALL_MODEL)  # fmt: skip
     call("ensemble", "mean", "--runs_dir", runs, "--name", "mean")
     call("ensemble", "weights", "--runs_dir", runs)
     return runs

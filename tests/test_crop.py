@@ -15,6 +15,8 @@ import util
 from localize import Box, find_box
 from util import InputError
 
+ATTENTION = ["--source", "attention"]
+
 
 def blob(*cells, size=7, floor=0.002):
     """Attention with the named (row, column, weight) cells over a flat floor, summing to 1."""
@@ -181,8 +183,8 @@ def test_missing_fold_is_told_and_marked(data_dir, runs_dir, tmp_path, capsys):
     run = shutil.copytree(runs_dir / "chipnet", tmp_path / "chip")
     metrics = util.read_json(run / "metrics.json")
     util.write_json(run / "metrics.json", metrics | {"folds": metrics["folds"][:1]})
-    call("crop", "--run", run, "--data_dir", data_dir, "--output_dir", tmp_path, "--rule",
-         "original", "--views", 1, "--overwrite", "--device", "cpu")  # fmt: skip
+    call("crop", *ATTENTION, "--run", run, "--data_dir", data_dir, "--output_dir", tmp_path,
+         "--rule", "original", "--views", 1, "--overwrite", "--device", "cpu")  # fmt: skip
     assert "fold 1" in capsys.readouterr().out
     boxes = pd.read_csv(tmp_path / "chip" / "train_boxes.csv")
     assert (boxes["oof"] == (util.read_data(data_dir).train["fold"] == 0)).all()
@@ -192,18 +194,35 @@ def test_crop_refuses_what_it_cannot_use(runs_dir, data_dir, tmp_path, source):
     before = hashes(source)
     where = ["--data_dir", data_dir, "--output_dir", tmp_path, "--device", "cpu"]
     with pytest.raises(InputError, match="no ChipNet run"):
-        call("crop", "--run", runs_dir / "resnet", *where)
+        call("crop", *ATTENTION, "--run", runs_dir / "resnet", *where)
     with pytest.raises(InputError, match=r"config\.json is missing"):
-        call("crop", "--run", tmp_path / "nothing", *where)
+        call("crop", *ATTENTION, "--run", tmp_path / "nothing", *where)
     with pytest.raises(InputError, match="--image_dir"):
-        call("crop", "--run", runs_dir / "chipnet", *where, "--image_dir", tmp_path / "none")
+        call(
+            "crop",
+            *ATTENTION,
+            "--run",
+            runs_dir / "chipnet",
+            *where,
+            "--image_dir",
+            tmp_path / "none",
+        )
     with pytest.raises(InputError, match="already finished"):
-        call("crop", "--run", runs_dir / "chipnet", "--data_dir", data_dir, "--device", "cpu")
+        call(
+            "crop",
+            *ATTENTION,
+            "--run",
+            runs_dir / "chipnet",
+            "--data_dir",
+            data_dir,
+            "--device",
+            "cpu",
+        )
     images = tmp_path / "images"
     shutil.copytree(source / "images", images)
     (images / "0005.jpg").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"0005\.jpg"):
-        call("crop", "--run", runs_dir / "chipnet", *where, "--image_dir", images)
+        call("crop", *ATTENTION, "--run", runs_dir / "chipnet", *where, "--image_dir", images)
     assert not list((tmp_path / "chipnet").glob("*.npy.tmp"))
     assert not (tmp_path / "chipnet" / "crop.json").exists()
     assert hashes(source) == before

@@ -73,8 +73,8 @@ def test_example_weights_find_the_lesion():
 def test_example_weights_fit_the_folds_of_preprocess_py(tmp_path):
     data_dir = call("preprocess", "--train_csv", EXAMPLE / "train.csv", "--output_dir",
                     tmp_path / "data")  # fmt: skip
-    call("crop", "--run", RUN, "--data_dir", data_dir, "--views", 1, "--device", "cpu",
-         "--limit", 8)  # fmt: skip
+    call("crop", "--source", "attention", "--run", RUN, "--data_dir", data_dir, "--views", 1,
+         "--device", "cpu", "--limit", 8)  # fmt: skip
     assert (data_dir / "crops" / "chipnet" / "montage.png").exists()
 
 

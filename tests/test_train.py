@@ -118,7 +118,8 @@ def test_guides_turn_with_their_images(data_dir):
 
 
 def test_weights_of_a_run_start_each_fold_from_its_own_network(data_dir, runs_dir, tmp_path):
-    args = ["--weights", runs_dir / "resnet", "--lr", 0, "--head_lr", 0]
+    args = ["--weights", runs_dir / "resnet", "--lr", 0, "--head_lr", 0, "--crop_dir",
+            data_dir / "crops" / "chipnet"]  # fmt: skip
     run = fit(data_dir, tmp_path, *args, model="fusion")
     for k in (0, 1):
         old, new = (
@@ -236,7 +237,17 @@ def test_crops_of_other_folds_are_refused(data_dir, runs_dir, source, tmp_path):
     with pytest.raises(InputError, match="cropped for other folds"):
         fit(other, tmp_path, "--crop_dir", data_dir / "crops" / "chipnet", model="cropnet")
     with pytest.raises(InputError, match="trained on other folds"):
-        call("crop", "--run", runs_dir / "chipnet", "--data_dir", other, "--device", "cpu")
+        call(
+            "crop",
+            "--source",
+            "attention",
+            "--run",
+            runs_dir / "chipnet",
+            "--data_dir",
+            other,
+            "--device",
+            "cpu",
+        )
 
 
 def test_array_and_table_that_do_not_match_are_refused(data_dir, tmp_path):
