@@ -1,0 +1,107 @@
+"""The quality benchmarks: their scores, and their tables on small data."""
+
+import shutil
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import localize
+import util
+from localize import Box
+from util import InputError
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import crop_gain
+import crop_quality
+import lesions
+
+
+def run(module, *words):
+    module.main(module.get_args_parser().parse_args([str(word) for word in words]))
+
+
+@pytest.fixture(scope="module")
+def mask_dir(source, tmp_path_factory):
+    """Masks of the discs of conftest.write_images, found by their contrast."""
+    folder = tmp_path_factory.mktemp("masks")
+    for path in (source / "images").iterdir():
+        image = cv2.GaussianBlur(cv2.imread(str(path)), (5, 5), 0).astype(int)
+        mask = (image.min(axis=2) < 125).astype(np.uint8) * 255
+        cv2.imwrite(str(folder / f"{path.stem}_segmentation.png"), mask)
+    return folder
+
+
+def test_overlap_and_coverage():
+    assert crop_quality.overlap(Box(0, 0, 4, 4), Box(2, 0, 6, 4)) == pytest.approx(8 / 24)
+    assert crop_quality.overlap(Box(0, 0, 1, 1), Box(2, 2, 3, 3)) == 0
+    mask = np.zeros((10, 10), bool)
+    mask[2:6, 2:6] = True
+    assert crop_quality.coverage(mask, Box(2, 2, 4, 6)) == 0.5
+
+
+def test_ideal_square_is_padded_and_shifted_into_the_picture():
+    mask = np.zeros((100, 200), bool)
+    mask[40:60, 100:110] = True
+    box = lesions.ideal_square(mask)
+    assert box.scaled(1) == pytest.approx((92, 37, 118, 63))
+    mask[:, :] = False
+    mask[0:50, 0:20] = True
+    assert lesions.ideal_square(mask).scaled(1) == pytest.approx((0, 0, 65, 65))
+    assert lesions.ideal_square(np.zeros((5, 5), bool)) is None
+
+
+def test_boxes_of_a_perfect_map():
+    mask = np.zeros((224, 224), bool)
+    mask[64:128, 96:160] = True
+    attention = cv2.resize(mask.astype(np.float32), (56, 56), interpolation=cv2.INTER_AREA)
+    best = crop_quality.best_boxes(attention, mask)
+    assert best.max() > 0.95
+    assert crop_quality.hits(attention, mask)
+    assert not crop_quality.hits(np.ones((7, 7)), np.roll(mask, 96, axis=0))  # centre: outside
+    assert crop_quality.hits(np.ones((7, 7)), np.roll(mask, 16, axis=0))
+
+
+def test_clipping_makes_the_original_box_not_square():
+    attention = np.full((7, 7), 0.001)
+    attention[0, 0:3] = 1
+    clipped = crop_quality.clipped_box(attention, 1.0, (448, 448))
+    assert clipped.x1 - clipped.x0 > clipped.y1 - clipped.y0
+    square = localize.find_box(attention, (448, 448), "original", 1.0)
+    assert square.x1 - square.x0 == pytest.approx(square.y1 - square.y0)
+
+
+def test_quality_table(data_dir, runs_dir, mask_dir, tmp_path, capsys):
+    picture = tmp_path / "montage.png"
+    run(crop_quality, data_dir, "--mask_dir", mask_dir, "--show", "chipnet", "--montage", picture)
+    lines = capsys.readouterr().out.splitlines()
+    table = {words[1].strip(): words[2:-1] for line in lines if (words := line.split("|"))[1:]}
+    assert float(table["whole image"][0]) > 0.9
+    assert float(table["whole image"][7]) == 1
+    assert float(table["dark by Otsu's threshold"][3]) > 0.5
+    assert {"chipnet, ours", "chipnet, original k = 1.5"} <= table.keys()
+    assert picture.stat().st_size > 10_000
+    with pytest.raises(InputError, match="--mask_dir"):
+        run(crop_quality, data_dir, "--mask_dir", tmp_path)
+
+
+def test_gain_table(data_dir, runs_dir, mask_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(util, "BOOTSTRAP_SAMPLES", 20)
+    runs, crops = tmp_path / "runs", data_dir / "crops" / "chipnet"
+    for name, origin in (("full", "resnet"), ("crop", "cropnet"), ("fusion", "cropnet")):
+        for seed in (0, 1):  # finished runs are not trained again
+            shutil.copytree(runs_dir / origin, runs / f"{name}_seed{seed}")
+    run(crop_gain, data_dir, "--crop_dir", crops, "--runs_dir", runs, "--seeds", 0, 1,
+        "--mask_dir", mask_dir)  # fmt: skip
+    out = capsys.readouterr().out
+    data = util.read_data(data_dir)
+    auc = util.weighted_auc(
+        data.train["target"].to_numpy(), crop_gain.ranks(runs / "full_seed0", data)
+    )
+    assert f"| full | {auc:.3f} | 0.000 |" in out
+    assert f"| full + full (control) | {auc:.3f} |" in out  # twice the same net
+    assert "| full + crop, zoom |" in out
+    assert "small:" in out
