@@ -293,7 +293,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="how a box is found in a map")  # fmt: skip
     parser.add_argument("--num_devs", type=float, default=1.5,
                         help="threshold of --rule original: mean + num_devs * std")  # fmt: skip
-    parser.add_argument("--views", type=int, choices=(1, 2, 4, 8), default=8,
+    parser.add_argument("--views", type=int, choices=(1, 2, 4, 8), default=4,
                         help="symmetries over which maps are averaged")  # fmt: skip
     parser.add_argument("--shifts", type=int, choices=(1, 2), default=2,
                         help="2: chips also shifted by half, for a map twice as fine")  # fmt: skip

@@ -38,7 +38,7 @@ CHIPNET_LOOK = {
     "source": "attention",
     "rule": "component",
     "num_devs": 1.5,
-    "views": 8,
+    "views": 4,
     "shifts": 2,
 }  # how the boxes of a ChipNet are found where no crops were made
 

@@ -171,12 +171,12 @@ def test_train_boxes_come_from_the_network_that_held_the_image_out(runs_dir, dat
         rows = np.flatnonzero(data.train["fold"] == k)
         for network in networks:
             network.shifts = 2
-        own = localize.attention_maps([networks[k]], array[rows], "cpu", 8)
-        other = localize.attention_maps([networks[1 - k]], array[rows], "cpu", 8)
+        own = localize.attention_maps([networks[k]], array[rows], "cpu", 4)
+        other = localize.attention_maps([networks[1 - k]], array[rows], "cpu", 4)
         assert np.allclose(maps[rows], own, atol=1e-6)
         assert not np.allclose(maps[rows], other, atol=1e-6)
     test = util.open_array(data_dir / "test_64.npy", 4)
-    assert np.allclose(test_maps, localize.attention_maps(networks, test, "cpu", 8), atol=1e-6)
+    assert np.allclose(test_maps, localize.attention_maps(networks, test, "cpu", 4), atol=1e-6)
 
 
 def test_missing_fold_is_told_and_marked(data_dir, runs_dir, tmp_path, capsys):
