@@ -40,9 +40,14 @@ FLAT = 0.985  # normalised entropy above which a map says nothing
 
 # saliency
 SALIENCY_STRIDES = (4, 8, 16)  # of the feature maps that are read; the map has stride 4
+SALIENCY_BATCH = 8  # images at a time: their features on one grid are large
 BORDER = 3  # cells around the frame that stand for the background
 FIT_IMAGES, FIT_PIXELS = 256, 256  # images to learn from, and pixels of each
 FIT_C = 1e-4  # inverse strength of its L2 penalty
+
+
+class SourceError(ValueError):
+    """Images or a network of which no map can be made; its text says what to pass instead."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,9 @@ def find_stages(network: nn.Module, image: torch.Tensor) -> dict[int, str]:
 
     def record(name: str):
         def hook(module, inputs, output):
-            if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[-1] > 1:
+            if not isinstance(output, torch.Tensor) or output.ndim != 4:
+                return
+            if output.shape[-1] == output.shape[-2] > 1:
                 stride = round(image.shape[-1] / output.shape[-1])
                 depth = name.count(".")
                 if stride not in found or depth <= found[stride][0]:
@@ -162,7 +169,7 @@ class Saliency:
         if self._stages is None:
             found = find_stages(self.network, image)
             if not set(SALIENCY_STRIDES) <= found.keys():
-                raise ValueError("saliency needs a convolutional backbone such as resnet50")
+                raise SourceError("saliency needs a convolutional backbone such as resnet50")
             self._stages = [found[stride] for stride in SALIENCY_STRIDES]
         network = self.network
         _, stages = run_backbone(
@@ -189,7 +196,8 @@ class Saliency:
             score = torch.einsum("ndhw,d->nhw", features, self.weight.to(features)) + self.bias
             return normalised(score.sigmoid())
 
-        return mean_over_views(attend, image, views)
+        parts = image.split(SALIENCY_BATCH)
+        return torch.cat([mean_over_views(attend, part, views) for part in parts])
 
 
 def background_distance(color: torch.Tensor, border: torch.Tensor) -> torch.Tensor:
@@ -217,7 +225,8 @@ def fit_saliency(
     """Learn a Saliency from some rows of images (N, S, S, 3) uint8 alone, no labels.
 
     Pseudo labels are the blobs that stand out from the border's colours; a logistic regression
-    on the features keeps what these blobs have in common over all images.
+    on the features keeps what these blobs have in common over all images. Raises SourceError where
+    there are none.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -234,9 +243,13 @@ def fit_saliency(
             pixels = rng.choice(blobs.size, FIT_PIXELS, replace=False)
             inputs.append(features.reshape(len(features), -1)[:, pixels].T)
             labels.append(blobs.ravel()[pixels])
+    labels = np.concatenate(labels)
+    if labels.min() == labels.max():
+        raise SourceError("saliency finds nothing that differs from the images' borders; pass "
+                          "another --source")  # fmt: skip
     scaler = StandardScaler().fit(np.concatenate(inputs))
     fit = LogisticRegression(C=FIT_C, max_iter=200)
-    fit.fit(scaler.transform(np.concatenate(inputs)), np.concatenate(labels))
+    fit.fit(scaler.transform(np.concatenate(inputs)), labels)
     weight = fit.coef_[0] / scaler.scale_
     bias = float(fit.intercept_[0] - weight @ scaler.mean_)
     return Saliency(network, torch.tensor(weight, dtype=torch.float32), bias)
@@ -258,8 +271,8 @@ class GradCam:
         network = self.network
         if self._stage is None:
             found = find_stages(network, image)
-            if not found:
-                raise ValueError("Grad-CAM needs a convolutional backbone such as resnet50")
+            if len(found) < 2:  # a transformer has its patches only
+                raise SourceError("Grad-CAM needs a convolutional backbone such as resnet50")
             self._stage = found[max(found)]
         pooled, (maps,) = run_backbone(
             network, [self._stage], lambda: network.backbone(network.normalise(image))
@@ -291,6 +304,20 @@ class GradCam:
         return mean_over_views(attend, image, views)
 
 
+class Product:
+    """Cell by cell geometric mean of two maps, on the finer grid: where both look."""
+
+    def __init__(self, first, second):
+        self.sources = first, second
+
+    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """image uint8 (N, 3, S, S) -> attention (N, h, w)."""
+        maps = [source.attention(image, views).unsqueeze(1) for source in self.sources]
+        size = max(tuple(m.shape[-2:]) for m in maps)
+        fine = [F.interpolate(m, size=size, mode="bilinear") for m in maps]
+        return normalised((fine[0] * fine[1]).sqrt().squeeze(1))
+
+
 NETWORK_SOURCES = ("attention", "gradcam", "attention*saliency")  # those that need a run
 SOURCES = (*NETWORK_SOURCES, "saliency", "boxes")
 
@@ -304,20 +331,6 @@ def make_source(kind: str, network, saliency: Saliency | None, shifts: int):
     if kind == "attention*saliency":
         return Product(network, saliency)
     return network if kind == "attention" else saliency
-
-
-class Product:
-    """Cell by cell geometric mean of two maps, on the finer grid: where both look."""
-
-    def __init__(self, first, second):
-        self.sources = first, second
-
-    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
-        """image uint8 (N, 3, S, S) -> attention (N, h, w)."""
-        maps = [source.attention(image, views).unsqueeze(1) for source in self.sources]
-        size = max(tuple(m.shape[-2:]) for m in maps)
-        fine = [F.interpolate(m, size=size, mode="bilinear") for m in maps]
-        return normalised((fine[0] * fine[1]).sqrt().squeeze(1))
 
 
 def upsample(attention: np.ndarray, size: int = GRID) -> np.ndarray:
@@ -369,7 +382,8 @@ def pick_blobs(raster: np.ndarray, threshold: float) -> np.ndarray:
     weight = np.bincount(labels.ravel(), (raster * prior).ravel(), minlength=count)
     frame = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
     on_frame = np.bincount(frame, minlength=count)
-    weight *= np.exp(-on_frame / np.sqrt(np.bincount(labels.ravel(), minlength=count)))
+    area = np.maximum(np.bincount(labels.ravel(), minlength=count), 1)
+    weight *= np.exp(-on_frame / np.sqrt(area))
     weight[0] = 0  # label 0 is the background
     return ((weight >= KEEP * weight.max()) & (weight > 0))[labels]
 

@@ -329,4 +329,4 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    util.run_script(main, get_args_parser(), models.ModelError)
+    util.run_script(main, get_args_parser(), models.ModelError, localize.SourceError)

@@ -91,8 +91,8 @@ def compare(scores: dict, target: np.ndarray, rows: np.ndarray, group: np.ndarra
         for name in scores:
             gains[name].append(sample[name] - sample[control])
     return {
-        name: (values.mean(), values.std(ddof=len(values) > 1), values.mean() - point[control].mean(),
-               *np.quantile(gains[name], [0.025, 0.975]))
+        name: (values.mean(), values.std(ddof=len(values) > 1),
+               values.mean() - point[control].mean(), *np.quantile(gains[name], [0.025, 0.975]))
         for name, values in point.items()
     }  # fmt: skip
 

@@ -102,8 +102,15 @@ def test_stages_are_outputs_of_stages():
 def test_transformers_have_no_feature_maps():
     net = network("vit_tiny")
     image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="convolutional backbone"):
-        Saliency(net).attention(image)
+    for source in (Saliency(net), GradCam(net)):
+        with pytest.raises(localize.SourceError, match="convolutional backbone"):
+            source.attention(image)
+
+
+def test_pictures_of_nothing_have_no_saliency():
+    blank = np.full((4, 64, 64, 3), 128, np.uint8)
+    with pytest.raises(localize.SourceError, match="another --source"):
+        localize.fit_saliency(network(), blank, np.arange(4), "cpu")
 
 
 def test_views_turn_maps_back_as_the_networks_do():
