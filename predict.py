@@ -67,6 +67,12 @@ class Localizer:
     """Finds boxes in new images as crop.py found those of the training images."""
 
     def __init__(self, facts: dict, crop_dir: Path | None, device: torch.device):
+        missing = {"run", "folds", *CHIPNET_LOOK} - facts.keys()
+        if missing:
+            raise InputError(
+                f"the crops in {crop_dir} say nothing of {min(missing)!r}: another version made "
+                "them; crop and train again"
+            )
         kind, self.facts, self.device = facts["source"], facts, device
         if kind == "boxes":
             raise InputError(

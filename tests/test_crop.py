@@ -88,6 +88,27 @@ def test_component_rule_covers_two_blobs_and_drops_a_stray_cell():
     assert stray.y1 < 500
 
 
+def test_component_rule_keeps_a_ring_whole_and_covers_a_large_blob():
+    y, x = np.mgrid[:28, :28] - 13.5
+    radius = np.hypot(y, x)
+    ring = find_box((np.abs(radius - 6) < 1.5).astype(float), (280, 280))
+    assert ring.x0 <= 60 < 220 <= ring.x1
+    assert ring.y0 <= 60 < 220 <= ring.y1
+    large = (radius < 28 * np.sqrt(0.6 / np.pi)).astype(float)  # 60 % of the image
+    box = find_box(large, (280, 280))
+    assert box.reason == "fills the image"
+    assert find_box(large, (280, 280), "original", 1.5).reason  # nothing lies that far above
+
+
+def test_component_rule_prefers_the_centre_to_what_the_frame_cuts_off():
+    attention = np.full((28, 28), 0.001)
+    attention[12:17, 10:15] = 1
+    attention[:9, 24:] = 1  # a sticker in the corner, larger than the lesion
+    box = find_box(attention, (280, 280))
+    assert box.x1 < 240
+    assert box.y0 > 60
+
+
 def test_component_rule_keeps_a_minimum_side():
     single = np.zeros((28, 28))
     single[5, 5] = 1

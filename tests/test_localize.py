@@ -141,6 +141,26 @@ def test_product_is_where_both_look():
     assert both.argmax() == 6 * 8 + 6
 
 
+def test_lesions_that_fill_touch_or_miss_the_picture_still_give_squares():
+    images, _ = discs()
+    saliency = localize.fit_saliency(network(), images, np.arange(16), "cpu")
+    odd = images[:4].copy()
+    odd[0] = (190, 160, 150)  # nothing there
+    odd[1] = (110, 80, 70)  # nothing but lesion
+    odd[2, :, :30] = (110, 80, 70)  # cut off by the frame
+    odd[3, 20:44, :] = (110, 80, 70)  # from one side to the other
+    maps = localize.attention_maps([saliency], odd, "cpu", views=8)
+    assert np.isfinite(maps).all()
+    boxes = [localize.find_box(attention, (900, 600)) for attention in maps]
+    for box in boxes:
+        assert box.x1 - box.x0 == pytest.approx(box.y1 - box.y0)
+        assert 0 <= box.x0 < box.x1 <= 900
+        assert 0 <= box.y0 < box.y1 <= 600 + 1e-9
+    assert boxes[0].reason
+    assert boxes[3].reason == "fills the image"
+    assert boxes[2].x0 < 200 + 150 < boxes[2].x1 + 1e-9 or boxes[2].reason
+
+
 # ---------------------------------------------------------------- through the scripts
 SALIENCY = ["--source", "saliency", "--backbone", "regnet_tiny", "--weights", "none",
             "--views", "1", "--device", "cpu"]  # fmt: skip

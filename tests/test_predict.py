@@ -90,6 +90,19 @@ def test_runs_of_another_version_are_named(runs_dir, test_images, tmp_path):
         predict(run, tmp_path / "out", *test_images)
 
 
+def test_crops_of_another_version_or_of_a_csv_are_named(runs_dir, test_images, tmp_path):
+    run = shutil.copytree(runs_dir / "cropnet", tmp_path / "old")
+    config = util.read_json(run / "config.json")
+    old = {key: value for key, value in config["crop"].items() if key != "shifts"}
+    util.write_json(run / "config.json", config | {"crop": old})
+    with pytest.raises(InputError, match="nothing of 'shifts': another version"):
+        predict(run, tmp_path / "out", *test_images)
+    csv = config["crop"] | {"source": "boxes", "boxes": "mine.csv"}
+    util.write_json(run / "config.json", config | {"crop": csv})
+    with pytest.raises(InputError, match=r"boxes of mine\.csv; new images have none"):
+        predict(run, tmp_path / "out", *test_images)
+
+
 def test_bad_words(runs_dir, test_images, tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         predict(runs_dir / "nowhere", tmp_path / "out", *test_images)
