@@ -14,8 +14,9 @@ demo: .venv/installed
 	$(RUN) preprocess.py --output_dir demo/data
 	$(RUN) train.py --model resnet $(DEMO) $(SMALL) --epochs 20
 	$(RUN) train.py --model chipnet $(DEMO) $(SMALL) --epochs 20
-	$(RUN) crop.py --source attention --run demo/runs/chipnet --data_dir demo/data
-	$(RUN) train.py --model cropnet --crop_dir demo/data/crops/chipnet $(DEMO) $(SMALL) --epochs 12
+	$(RUN) crop.py --source 'attention*saliency' --run demo/runs/chipnet --data_dir demo/data \
+	    --backbone regnet_tiny --weights none
+	$(RUN) train.py --model cropnet --crop_dir demo/data/crops/chipnet_saliency $(DEMO) $(SMALL) --epochs 12
 	$(RUN) train.py --model fsg_vit $(DEMO) $(SMALL) --backbone vit_tiny --epochs 20
 	$(RUN) ensemble.py weights --runs_dir demo/runs
 	$(RUN) example_data/report.py --demo_dir demo

@@ -45,7 +45,7 @@ def print_table(runs: list[Path], labels: pd.Series) -> None:
 def draw_overview(path: Path, demo_dir: Path, runs: list[Path], labels: pd.Series) -> None:
     """Picture of some test images of both classes."""
     data = util.read_data(demo_dir / "data")
-    crop_dir = demo_dir / "data" / "crops" / "chipnet"
+    crop_dir = demo_dir / "data" / "crops" / "chipnet_saliency"
     boxes = util.read_table(crop_dir / "test_boxes.csv").set_index(ID)
     maps = np.load(crop_dir / "test_attention.npy", allow_pickle=False)
     crops = util.open_array(util.array_path(crop_dir, "test", data.size), len(data.test))
