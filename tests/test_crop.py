@@ -9,6 +9,7 @@ import torch
 from conftest import call, hashes
 from PIL import Image
 
+import crop
 import localize
 import models
 import util
@@ -109,6 +110,27 @@ def test_component_rule_prefers_the_centre_to_what_the_frame_cuts_off():
     assert box.y0 > 60
 
 
+def test_blobs_count_less_where_the_frame_cuts_them_off():
+    raster = np.zeros((28, 28))
+    raster[12:16, 6:10] = 1
+    raster[12:16, 24:28] = 2  # stronger, but on the frame
+    kept = localize.pick_blobs(raster, 0.5)
+    assert kept[13, 7]
+    assert not kept[13, 26]
+    kept = localize.pick_blobs(np.roll(raster, -1, axis=1), 0.5)  # both inside: both belong
+    assert kept[13, 6]
+    assert kept[13, 25]
+
+
+def test_blobs_count_less_far_from_the_centre():
+    raster = np.zeros((28, 28))
+    raster[12:16, 12:16] = 1
+    raster[2:6, 2:6] = 1  # as heavy, in a corner but not on the frame
+    kept = localize.pick_blobs(raster, 0.5)
+    assert kept[13, 13]
+    assert not kept[3, 3]
+
+
 def test_component_rule_keeps_a_minimum_side():
     single = np.zeros((28, 28))
     single[5, 5] = 1
@@ -140,9 +162,9 @@ def test_crop_is_cut_from_the_original_at_full_resolution(tmp_path):
     image = rng.integers(0, 256, (300, 500, 3), dtype=np.uint8)
     Image.fromarray(image).save(tmp_path / "a.png")
     boxes = [Box(410, 20, 474, 84), Box(0, 0, 300, 300)]
-    crop, whole = util.read_crops(tmp_path / "a.png", boxes, [64, 300], (500, 300))
+    cut, whole = util.read_crops(tmp_path / "a.png", boxes, [64, 300], (500, 300))
     assert (whole == image[:, :300]).all()
-    assert (crop == image[20:84, 410:474]).all()
+    assert (cut == image[20:84, 410:474]).all()
     with pytest.raises(InputError, match="500 x 300 px but was 400 x 300"):
         util.read_crops(tmp_path / "a.png", boxes, [64, 300], (400, 300))
 
@@ -151,12 +173,20 @@ def test_reduced_decoding_of_a_crop_is_close(tmp_path):
     ramp = np.linspace(0, 255, 1600)[None, :, None] * np.ones((1200, 1, 3))
     Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
     box = Box(300.5, 100.25, 1300.5, 1100.25)
-    (crop,) = util.read_crops(tmp_path / "a.jpg", [box], [64], (1600, 1200))
+    (cut,) = util.read_crops(tmp_path / "a.jpg", [box], [64], (1600, 1200))
     expected = np.linspace(300.5, 1300.5, 65)[:-1] + 1000 / 128
-    assert np.abs(crop[32, :, 0] - expected * 255 / 1599).max() < 2
+    assert np.abs(cut[32, :, 0] - expected * 255 / 1599).max() < 2
 
 
 # ---------------------------------------------------------------- crop.py
+def test_place_of_a_box_in_its_wide_crop():
+    table = pd.DataFrame({"width": [500, 500], "height": [300, 300]})
+    boxes = [Box(100, 50, 200, 150), Box(0, 200, 100, 300)]
+    middle, corner = crop.place_in_wide(boxes, table)
+    assert middle == pytest.approx([20 / 140, 20 / 140, 100 / 140])
+    assert corner == pytest.approx([0, 40 / 140, 100 / 140])  # no room to the left and below
+
+
 def test_crop_directory(runs_dir, data_dir, source):
     crops = data_dir / "crops" / "chipnet"
     data, facts = util.read_data(data_dir), util.read_json(crops / "crop.json")

@@ -90,6 +90,14 @@ def test_grad_cam_in_closed_form_is_grad_cam(backbone):
     assert np.allclose(maps.sum(axis=(1, 2)), 1, atol=1e-5)
 
 
+def test_grad_cam_shows_evidence_for_either_class():
+    cam = GradCam(network())
+    cam.cam = lambda image: torch.tensor([[[0.0, 0.0, 2.0], [0.0, 0.0, 0.0], [-3.0, 0.0, 0.0]]])
+    attention = cam.attention(torch.zeros(1, 3, 64, 64), 1)[0]
+    assert attention[2, 0] == pytest.approx(0.6)
+    assert attention[0, 2] == pytest.approx(0.4)
+
+
 def test_stages_are_outputs_of_stages():
     image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     with torch.no_grad():

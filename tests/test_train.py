@@ -264,3 +264,22 @@ def test_errors_are_one_line_with_status_2(data_dir, tmp_path):
         assert result.returncode == 2
         assert "Traceback" not in result.stderr
         assert result.stderr.strip().splitlines()[-1].startswith("train.py: error: ")
+
+
+def test_only_training_crops_are_jittered(data_dir, runs_dir):
+    import dataset
+
+    words = ["--data_dir", data_dir, "--crop_dir", data_dir / "crops" / "chipnet", *SMALL_MODEL]
+    for model, jitter, kinds in (
+        ("cropnet", [], [dataset.Jittered]),
+        ("cropnet", ["--no-jitter"], [dataset.Stored]),
+        ("fusion", [], [dataset.Stored, dataset.Jittered]),
+    ):
+        parser = train.get_args_parser()
+        args = parser.parse_args([str(w) for w in ["--model", model, *words, *jitter]])
+        settings, data = train.fill_defaults(args), util.read_data(data_dir)
+        _, crop = train.find_arrays(settings, data)
+        images, _ = train.make_datasets(0, settings, data, crop)
+        assert [type(source) for source in images["train"].sources] == kinds
+        for part in ("valid", "test"):
+            assert {type(source) for source in images[part].sources} == {dataset.Stored}
