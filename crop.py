@@ -127,10 +127,9 @@ def read_boxes(path: Path, table: pd.DataFrame) -> list[Box]:
                 f"{path}: the box of {name}, {x0:g} {y0:g} {x1:g} {y1:g}, does not lie in its "
                 f"{width} x {height} px; corners are pixels of the original"
             )
-        longest = Box(x0, y0, x0 + max(x1 - x0, y1 - y0), y1)  # a Box's side is its width
-        middle = Box((x0 + x1 - longest.side) / 2, (y0 + y1 - longest.side) / 2,
-                     (x0 + x1 + longest.side) / 2, (y0 + y1 + longest.side) / 2)  # fmt: skip
-        boxes.append(localize.widen(middle, 1.0, (width, height)))
+        x, y, half = (x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) / 2
+        square = Box(x - half, y - half, x + half, y + half)
+        boxes.append(localize.widen(square, 1.0, (width, height)))  # shifted into the image
     return boxes
 
 

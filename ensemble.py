@@ -219,12 +219,14 @@ def learn_blend(values, target, fold, group, side: tuple | None) -> tuple:
 
     side: what read_sides says, for weights that depend on the zoom; None for constant ones.
     """
-    zoom, learn = None, partial(learn_weights, values, target)
-    if side is not None:
-        zoom, learn = fit_zoom(values, target, *side), partial(learn_zoom, values, target, *side)
+    if side is None:
+        zoom, weights = None, fit_weights(values, target)
+        learn = partial(learn_weights, values, target)
+    else:
+        zoom = fit_zoom(values, target, *side)
+        weights = util.zoom_weights(*side, *zoom).mean(axis=0)
+        learn = partial(learn_zoom, values, target, *side)
     part = fold if len(np.unique(fold)) > 1 else halves(target, group)
-    everything = np.ones(len(target), dtype=bool)
-    weights = np.atleast_2d(learn(everything)(everything)).mean(axis=0)
     return cross_fit(learn, values, part), weights, zoom
 
 

@@ -16,7 +16,8 @@ References:
     Localization, CVPR 2016: the closed form.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import cv2
@@ -93,6 +94,17 @@ def normalised(score: torch.Tensor) -> torch.Tensor:
     return score / score.sum(dim=(1, 2), keepdim=True)
 
 
+@contextmanager
+def hooked(backbone: nn.Module, names: list[str], record: Callable) -> Iterator[None]:
+    """Within the block, the named modules call their forward hook record(name)."""
+    handles = [backbone.get_submodule(name).register_forward_hook(record(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def find_stages(network: nn.Module, image: torch.Tensor) -> dict[int, str]:
     """Names of the modules of network.backbone that end a stage, by their stride.
 
@@ -113,13 +125,9 @@ def find_stages(network: nn.Module, image: torch.Tensor) -> dict[int, str]:
 
         return hook
 
-    modules = [(name, module) for name, module in network.backbone.named_modules() if name]
-    handles = [module.register_forward_hook(record(name)) for name, module in modules]
-    try:
+    names = [name for name, _ in network.backbone.named_modules() if name]
+    with hooked(network.backbone, names, record):
         network.backbone(network.normalise(image[:1]))
-    finally:
-        for handle in handles:
-            handle.remove()
     return {stride: name for stride, (_, name) in found.items()}
 
 
@@ -130,14 +138,8 @@ def run_backbone(network: nn.Module, names: list[str], forward: Callable) -> tup
     def record(name: str):
         return lambda module, inputs, output: outputs.update({name: output})
 
-    handles = [
-        network.backbone.get_submodule(name).register_forward_hook(record(name)) for name in names
-    ]
-    try:
+    with hooked(network.backbone, names, record):
         result = forward()
-    finally:
-        for handle in handles:
-            handle.remove()
     return result, [outputs[name] for name in names]
 
 

@@ -275,7 +275,8 @@ def groups_of(table: pd.DataFrame, group_col: str | None) -> np.ndarray:
 
 
 def with_box_side(table: pd.DataFrame, crop_dir: Path, split: str) -> pd.DataFrame:
-    """A table of Data with the side of every image's box over the image's short side.
+    """A table of Data with the side of every image's box over the image's short side, and the
+    box's place in its wide crop.
 
     Raises InputError where the boxes are of other images.
     """
@@ -306,14 +307,19 @@ def new_array(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         array.flush()
 
 
-def open_array(path: Path, rows: int) -> np.ndarray:
-    """Memory-map a uint8 (rows, S, S, 3) array; raises InputError if it is anything else."""
+def map_array(path: Path, stage: str = "the stage that writes it") -> np.ndarray:
+    """Memory-map an array that `stage` wrote; raises InputError where it is missing or broken."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; run the stage that writes it first") from None
+        raise InputError(f"{path} is missing; run {stage} first") from None
     except (ValueError, EOFError) as error:
         raise InputError(f"{path} is not a readable array ({error}); write it again") from None
+
+
+def open_array(path: Path, rows: int) -> np.ndarray:
+    """Memory-map a uint8 (rows, S, S, 3) array; raises InputError if it is anything else."""
+    array = map_array(path)
     good = array.ndim == 4 and array.shape[1] == array.shape[2] and array.shape[3] == 3
     if array.dtype != np.uint8 or not good:
         raise InputError(
@@ -326,12 +332,7 @@ def open_array(path: Path, rows: int) -> np.ndarray:
 
 def open_maps(path: Path, rows: int) -> np.ndarray:
     """Memory-map attention (rows, h, w) float32; raises InputError if it is anything else."""
-    try:
-        maps = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; run crop.py first") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path} is not a readable array ({error}); write it again") from None
+    maps = map_array(path, "crop.py")
     if maps.dtype != np.float32 or maps.ndim != 3 or len(maps) != rows:
         raise InputError(
             f"{path} holds {maps.dtype} {maps.shape}; float32 ({rows}, h, w) is expected"

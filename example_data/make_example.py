@@ -52,12 +52,8 @@ def get_args_parser():
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=Path(__file__).resolve().parent,
-        help="folder to write to",
-    )
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent,
+                        help="folder to write to")
     parser.add_argument("--n_train", type=int, default=160, help="number of training images")
     parser.add_argument("--n_test", type=int, default=40, help="number of test images")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything drawn")
@@ -143,7 +139,7 @@ def draw_outline(rng, shape, coarse, malignant):
 
 def even_texture(rng, shape, spacing):
     """Return a mesh or globules of even spacing (px), (height, width), larger where darker."""
-    y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
+    y, x = np.mgrid[:shape[0], :shape[1]].astype(np.float32)
     bend = 0.4 * spacing
     y = y + bend * smooth_noise(rng, shape, 4 * spacing)
     x = x + bend * smooth_noise(rng, shape, 4 * spacing)
@@ -255,7 +251,7 @@ def add_lens(rng, image):
     middle = np.array([height, width]) * rng.uniform(0.47, 0.53, 2)
     away = np.hypot(y - middle[0], x - middle[1]) / (np.hypot(height, width) / 2)
     tilt = rng.uniform(0, 2 * np.pi)
-    slope = np.cos(tilt) * (y / height - 0.5) + np.sin(tilt) * (x / width - 0.5)
+    slope = (np.cos(tilt) * (y / height - 0.5) + np.sin(tilt) * (x / width - 0.5))
     light = 1 - rng.uniform(0.05, 0.3) * away**2 + rng.uniform(0, 0.12) * slope
     if rng.random() < 0.22:
         rim = max(rng.uniform(0.8, 0.95), 1.08 * max(width, height) / np.hypot(height, width))
@@ -296,24 +292,10 @@ def draw_table(rng, names, labels):
         left -= 1
         seen = 5 * round(np.clip(age + rng.normal(0, 2) + 3 * label, 15, 90) / 5)
         site = str(rng.choice(SITES, p=SITE_SHARES))
-        rows.append(
-            [
-                name,
-                patient,
-                sex,
-                seen if rng.random() > 0.04 else np.nan,
-                site if rng.random() > 0.05 else np.nan,
-                label,
-            ]
-        )
-    columns = [
-        "image_name",
-        "patient_id",
-        "sex",
-        "age_approx",
-        "anatom_site_general_challenge",
-        "target",
-    ]
+        rows.append([name, patient, sex, seen if rng.random() > 0.04 else np.nan,
+                     site if rng.random() > 0.05 else np.nan, label])
+    columns = ["image_name", "patient_id", "sex", "age_approx",
+               "anatom_site_general_challenge", "target"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -340,16 +322,10 @@ def main(args):
         for i, (name, label) in enumerate(zip(names, labels, strict=True)):
             # a generator for each picture: it does not change when more or fewer are made
             image, mask = draw_image(np.random.default_rng([args.seed, split, 3, i]), bool(label))
-            cv2.imwrite(
-                str(folders[0] / f"{name}.jpg"),
-                image[..., ::-1],
-                [cv2.IMWRITE_JPEG_QUALITY, 86, cv2.IMWRITE_JPEG_OPTIMIZE, 1],
-            )
-            cv2.imwrite(
-                str(folders[1] / f"{name}.png"),
-                mask.astype(np.uint8) * 255,
-                [cv2.IMWRITE_PNG_BILEVEL, 1, cv2.IMWRITE_PNG_COMPRESSION, 9],
-            )
+            cv2.imwrite(str(folders[0] / f"{name}.jpg"), image[..., ::-1],
+                        [cv2.IMWRITE_JPEG_QUALITY, 86, cv2.IMWRITE_JPEG_OPTIMIZE, 1])
+            cv2.imwrite(str(folders[1] / f"{name}.png"), mask.astype(np.uint8) * 255,
+                        [cv2.IMWRITE_PNG_BILEVEL, 1, cv2.IMWRITE_PNG_COMPRESSION, 9])
     train, test = tables
     train.to_csv(args.output_dir / "train.csv", index=False)
     test.drop(columns="target").to_csv(args.output_dir / "test.csv", index=False)
