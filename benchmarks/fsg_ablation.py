@@ -18,9 +18,10 @@ Arms, all with the same networks, batches, steps, and learning rate of the weigh
     held_out     the same, a fifth of the training groups kept for the gates' pass
     paper        single, gates that start at one half
     upstream     as published: that start, two passes, gradients that add up
-    l1           single, plus --penalty times the mean gate
+    l1           single, plus a --penalty times the mean gate
     layerscale_l1   layerscale with the gates' learning rate and that penalty
-    hard         hard-concrete gates with --penalty on the share that is open
+    hard         single, with hard-concrete gates and the penalty on the share that is open
+The last three are trained once for every --penalty.
 
 References:
     Touvron et al., Going Deeper with Image Transformers, ICCV 2021: LayerScale.
@@ -52,6 +53,7 @@ from train import lr_factor
 ARMS = ("baseline", "layerscale", "joint", "single", "sequential", "held_out", "paper",
         "upstream", "l1", "layerscale_l1", "hard")  # fmt: skip
 SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)  # of the channels closed for the prune curve
+SPARSE = ("l1", "layerscale_l1", "hard")
 GATE_SHARE = 0.2  # of the training groups, for the gates alone in held_out
 
 
@@ -169,7 +171,8 @@ def subset(y: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(rows)
 
 
-def train_network(network: nn.Module, arm: str, data: dict, rows, share: float, seed: int, args):
+def train_network(network: nn.Module, arm: str, penalty: float, data: dict, rows, share: float,
+                  seed: int, args) -> float:  # fmt: skip
     """Fit an arm; returns the median seconds of a step."""
     device = torch.device(args.device)
     x = to_tensor(data["x"][rows], args.size).to(device)
@@ -184,11 +187,11 @@ def train_network(network: nn.Module, arm: str, data: dict, rows, share: float, 
     base = [[group["lr"] for group in o.param_groups] for o in routing.optimizers]
     epochs = round(args.epochs * (1 if share == 1 else args.small_epochs))
     steps = max(len(rows) // args.batch_size, 1)
-    sparse, seconds = arm in ("l1", "layerscale_l1", "hard"), []
+    draw, seconds = np.random.default_rng(seed), []
 
     def loss_on(image, target):
         loss = F.cross_entropy(network(image, None), target)
-        return loss + args.penalty * penalty_of(network, arm) if sparse else loss
+        return loss + penalty * penalty_of(network, arm) if penalty else loss
 
     network.train()
     for epoch in range(1, epochs + 1):
@@ -201,7 +204,7 @@ def train_network(network: nn.Module, arm: str, data: dict, rows, share: float, 
             image, target = augment(x[batch], args.augment), y[batch]
             gate_loss = None
             if arm == "held_out":
-                other = np.random.choice(gates_own, args.batch_size)
+                other = draw.choice(gates_own, args.batch_size)
                 shown, wanted = augment(x[other], args.augment), y[other]
                 gate_loss = lambda i=shown, t=wanted: loss_on(i, t)  # noqa: E731
             start = time.perf_counter()
@@ -260,8 +263,9 @@ def prune_curve(network: nn.Module, arm: str, x_train, x_test, y_test, metric: s
     return curves
 
 
-def run_arm(arm: str, share: float, seed: int, args) -> dict:
-    """Train and judge one arm of one seed."""
+def run_arm(label: str, share: float, seed: int, args) -> dict:
+    """Train and judge one arm of one seed; label: the arm, for a sparse one "arm penalty"."""
+    arm, _, penalty = label.partition(" ")
     data = load_data(args.data, seed)
     metric = "auc" if len(np.unique(data["y"])) == 2 else "accuracy"
     torch.manual_seed(seed)
@@ -270,13 +274,12 @@ def run_arm(arm: str, share: float, seed: int, args) -> dict:
     add_arm(network, arm)
     rows = subset(data["y"], share, seed)
     torch.manual_seed(seed)
-    np.random.seed(seed)
-    seconds = train_network(network, arm, data, rows, share, seed, args)
+    seconds = train_network(network, arm, float(penalty or 0), data, rows, share, seed, args)
     x_test = to_tensor(data["x_test"], args.size).to(args.device)
     x_train = to_tensor(data["x"][rows[:2000]], args.size).to(args.device)
     result = score(data["y_test"], predict(network, x_test))
     train = score(data["y"][rows[:2000]], predict(network, x_train))
-    row = {"data": Path(args.data).stem, "share": share, "arm": arm, "seed": seed,
+    row = {"data": Path(args.data).stem, "share": share, "arm": label, "seed": seed,
            "images": len(rows), "test_images": len(x_test), "metric": metric, **result,
            "gap": train[metric] - result[metric], "ms": 1000 * seconds}  # fmt: skip
     if arm != "baseline":
@@ -320,10 +323,11 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 def print_table(rows: list[dict]) -> None:
     """One table per data set and share, arms paired with the baseline over seeds."""
+    labels = sorted({row["arm"] for row in rows}, key=lambda a: (ARMS.index(a.split()[0]), a))
     for data, share in sorted({(row["data"], row["share"]) for row in rows}):
         chosen = {arm: sorted((r for r in rows if (r["data"], r["share"], r["arm"]) ==
                                (data, share, arm)), key=lambda r: r["seed"])
-                  for arm in ARMS}  # fmt: skip
+                  for arm in labels}  # fmt: skip
         chosen = {arm: each for arm, each in chosen.items() if len(each) > 1}
         base = chosen["baseline"]
         metric, first = base[0]["metric"], base[0]
@@ -351,7 +355,8 @@ def print_table(rows: list[dict]) -> None:
             cells += [f"{np.mean([r[key] for r in each]):.2f}" if key in each[0] else ""
                       for key in ("closed_05", "effective")]  # fmt: skip
             cells += [prunable(each, "gate"), prunable(each, "contribution")]
-            cells.append(f"{np.mean([r['ms'] for r in each]) / np.mean([r['ms'] for r in base]):.2f}")
+            times = [np.mean([r["ms"] for r in each_arm]) for each_arm in (each, base)]
+            cells.append(f"{times[0] / times[1]:.2f}")
             print(f"| {arm} | " + " | ".join(cells) + " |")
 
 
@@ -360,10 +365,12 @@ def main(args: argparse.Namespace) -> None:
     rows = read_rows(args.output)
     name = Path(args.data).stem
     done = {(row["data"], row["share"], row["arm"], row["seed"]) for row in rows}
-    todo = [(arm, share, seed) for seed in range(args.seeds) for share in args.share
-            for arm in args.arms if (name, share, arm, seed) not in done]  # fmt: skip
-    for arm, share, seed in tqdm(todo, unit="training"):
-        row = run_arm(arm, share, seed, args)
+    labels = [arm for arm in args.arms if arm not in SPARSE]
+    labels += [f"{arm} {p:g}" for arm in args.arms if arm in SPARSE for p in args.penalty]
+    todo = [(label, share, seed) for seed in range(args.seeds) for share in args.share
+            for label in labels if (name, share, label, seed) not in done]  # fmt: skip
+    for label, share, seed in tqdm(todo, unit="training"):
+        row = run_arm(label, share, seed, args)
         with args.output.open("a") as file:
             file.write(json.dumps(row) + "\n")
     print_table(read_rows(args.output))
@@ -391,7 +398,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--head_lr", type=positive, help="of the head [the same]")
     parser.add_argument("--gate_lr", type=positive, default=3e-2, help="of gates routed apart")
     parser.add_argument("--weight_decay", type=positive, default=0.05, help="of the weights")
-    parser.add_argument("--penalty", type=positive, default=1.0, help="of the sparse arms")
+    parser.add_argument("--penalty", type=positive, nargs="+", default=[10.0],
+                        help="of the sparse arms")  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("fsg_ablation.jsonl"),
                         help="finished trainings")  # fmt: skip
