@@ -337,7 +337,8 @@ def build_model(spec: dict, weights: str = "none") -> Network:
         )
     if spec["gates"] is not None:
         try:
-            fsg.add_gates(model.backbone, init=spec["gates"])
+            hard = spec["gates"] == "hard"
+            fsg.add_gates(model.backbone, init="identity" if hard else spec["gates"], hard=hard)
         except ValueError as error:
             raise ModelError(str(error)) from None
     return model.to(memory_format=torch.channels_last)  # faster convolutions, the same function

@@ -2,9 +2,11 @@
 
 Reads   --data_dir (preprocess.py), for cropnet also --crop_dir (crop.py)
 Writes  runs/NAME/: config.json, log.csv, fold{k}_best.pt, fold{k}_last.pt, oof.csv,
-        test_predictions.csv, submission.csv, metrics.json, curves.png, roc.png
+        test_predictions.csv, submission.csv, metrics.json, curves.png, roc.png; with gates also
+        gates.csv, prune.csv, fold{k}_gates.npy, fold{k}_gates.png
 
     python train.py --model resnet --fold 0
+    python train.py --model resnet --fsg --name resnet_fsg
     python train.py --model chipnet --fold all --weights none --backbone regnet_tiny --lr 1e-3
 
 Folds may be trained in several calls: a run collects them. The defaults are the original's
@@ -12,17 +14,21 @@ recipe: focal loss, balanced sampling, Adam, learning rate x 0.95 per epoch, ear
 """
 
 import argparse
+import copy
 import math
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from sklearn.model_selection import StratifiedGroupKFold
 from torch.nn import functional as F
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 import dataset
@@ -37,6 +43,10 @@ FREE_ARGUMENTS = {"fold", "device", "workers", "resume", "overwrite"}
 LOG_COLUMNS = (
     "fold", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "images_per_second"
 )  # fmt: skip
+GATE_DEFAULTS = {"gate_init": "identity", "gate_lr": 1e-3, "gate_l1": 0.0, "routing": "single"}
+GATE_PARTS = 5  # one of so many parts of the training groups is the gates' in held_out
+PRUNE_SHARES = (0.25, 0.5, 0.75, 0.9)  # of the gates closed, for the prune curve
+PRUNE_ROWS = 128  # held-out images per class that it is measured on
 
 
 def focal_loss(logit: torch.Tensor, target: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
@@ -88,8 +98,12 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     elif recipe.network is not models.ChipNet:
         raise InputError(f"--guide is for chipnet; {args.model} has no attention to guide")
     settings.name = args.name or args.model
-    if not recipe.gated:
-        settings.gate_init, settings.gate_lr, settings.routing = None, None, "off"
+    settings.fsg = args.fsg or recipe.gated
+    for key, default in GATE_DEFAULTS.items():
+        if settings.fsg and getattr(settings, key) is None:
+            setattr(settings, key, default)
+        elif not settings.fsg and getattr(settings, key) is not None:
+            raise InputError(f"--{key} is for gates; {args.model} has some with --fsg")
     return settings
 
 
@@ -197,6 +211,20 @@ def meta_columns(settings: argparse.Namespace, table: pd.DataFrame) -> list[str]
     return standard if settings.meta_cols is None else settings.meta_cols
 
 
+def gate_rows(rows: np.ndarray, group: np.ndarray, target: np.ndarray, seed: int) -> np.ndarray:
+    """Which of the training rows only the gates are fitted to in held_out: bool (N,); a fifth of
+    the groups, more where a class has few. Raises InputError where a part would lack a class."""
+    group, target = group[rows], target[rows]
+    parts = min(GATE_PARTS, *(len(np.unique(group[target == label])) for label in (0, 1)))
+    apart = np.zeros(len(rows), dtype=bool)
+    if parts > 1:
+        split = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+        apart[next(split.split(rows, target, group))[1]] = True
+    if any(len(np.unique(target[part])) < 2 for part in (apart, ~apart)):
+        raise InputError("--routing held_out: too few groups of a class to keep some for the gates")
+    return apart
+
+
 def pick_rows(target: np.ndarray, rows: np.ndarray, limit: int | None) -> np.ndarray:
     """Rows in order, at most `limit` of each class."""
     if limit is None:
@@ -275,6 +303,96 @@ def plot_curves(run_dir: Path) -> None:
     util.save_figure(run_dir / "curves.png", figure)
 
 
+def write_gates(run_dir: Path, fold: int, epoch: int, model: torch.nn.Module) -> None:
+    """Add the gates of an epoch: their sparsity by branch to gates.csv, and all of them, relative
+    to their start, to fold{k}_gates.npy (epochs, gates). A resumed fold replaces its epochs."""
+    gates = fsg.gate_values(model, relative=True)
+    values = torch.cat([gate.float().cpu() for gate in gates.values()])
+    place = {"fold": fold, "epoch": epoch}
+    rows = [
+        {**place, "branch": name, "channels": len(gate), **fsg.gate_statistics(gate)}
+        for name, gate in [("all", values), *gates.items()]
+    ]
+    path = run_dir / "gates.csv"
+    if path.exists():
+        old = pd.read_csv(path)
+        old = old[(old["fold"] != fold) | (old["epoch"] < epoch)]
+        rows = [*old.to_dict("records"), *rows]
+    table = pd.DataFrame(rows).sort_values(["fold", "epoch"], kind="stable")
+    util.write_table(path, table)
+    path, history = run_dir / f"fold{fold}_gates.npy", values.numpy()[None]
+    if epoch > 1:
+        earlier = np.load(path, allow_pickle=False)[: epoch - 1]
+        history = np.concatenate([earlier, history])
+    with util.atomic(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, history)
+
+
+def prune_curve(
+    predict: Callable, model: torch.nn.Module, target: np.ndarray
+) -> list[tuple[str, float, float]]:
+    """AUC with shares of the gates closed, lowest first: (ranking, share, AUC).
+
+    predict: model -> probabilities of the images of `target` (N,). Rankings: the gates, what they
+    contribute on these images, and chance. The model is left as it is.
+    """
+    model = copy.deepcopy(model)
+    gates = fsg.gate_values(model)
+    kept = {name: module.fsg.detach().clone() for name, module in fsg.gated_modules(model).items()}
+    generator = torch.Generator().manual_seed(0)
+    rankings = {
+        "gate": gates,
+        "contribution": fsg.gate_contributions(model, lambda: predict(model)),
+        "chance": {name: torch.rand(len(g), generator=generator) for name, g in gates.items()},
+    }
+    curve = [(ranking, 0.0, util.weighted_auc(target, predict(model))) for ranking in rankings]
+    for ranking, scores in rankings.items():
+        for share in PRUNE_SHARES:
+            fsg.prune_gates(model, share, scores)
+            curve.append((ranking, share, util.weighted_auc(target, predict(model))))
+            with torch.no_grad():
+                for name, module in fsg.gated_modules(model).items():
+                    module.fsg.copy_(kept[name])
+    return curve
+
+
+def plot_gates(path: Path, model: torch.nn.Module, curve: pd.DataFrame) -> None:
+    """Gates relative to their start as layer x channel, and the prune curve."""
+    gates = list(fsg.gate_values(model, relative=True).values())
+    grid = np.full((len(gates), max(len(gate) for gate in gates)), np.nan)
+    for row, gate in zip(grid, gates, strict=True):
+        row[: len(gate)] = gate.cpu().numpy()
+    figure = util.new_figure(figsize=(12, 4))
+    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
+    picture = left.imshow(grid, aspect="auto", cmap="RdBu", vmin=0, vmax=2, interpolation="nearest")
+    figure.colorbar(picture, ax=left, label="gate / start")
+    left.set(xlabel="channel", ylabel="branch", title="Gates of the best epoch")
+    for ranking, rows in curve.groupby("ranking", sort=False):
+        rows = rows.sort_values("share")
+        right.plot(rows["share"], rows["auc"], marker="o", label=f"lowest {ranking} first")
+    right.set(xlabel="share of gates closed", ylabel="AUC, held-out images", title="Prune curve")
+    right.legend()
+    util.save_figure(path, figure)
+
+
+def record_gates(run_dir: Path, fold: int, trainer: "Trainer", valid: ImageDataset) -> None:
+    """Prune curve of a fold's best network on held-out images: prune.csv, fold{k}_gates.png."""
+    settings, model = trainer.settings, trainer.model
+    chosen = pick_rows(valid.target, np.arange(len(valid)), PRUNE_ROWS)
+    some = Subset(valid, chosen.tolist())
+    loader = dataset.eval_loader(some, settings.batch_size, workers=0)
+    predict = partial(models.predict, loader=loader, device=trainer.device, amp=settings.amp)
+    curve = prune_curve(predict, model, valid.target[chosen])
+    table = pd.DataFrame(curve, columns=["ranking", "share", "auc"])
+    plot_gates(run_dir / f"fold{fold}_gates.png", model, table)
+    table.insert(0, "fold", fold)
+    path = run_dir / "prune.csv"
+    if path.exists():
+        old = pd.read_csv(path)
+        table = pd.concat([old[old["fold"] != fold], table]).sort_values("fold", kind="stable")
+    util.write_table(path, table)
+
+
 def record_fold(
     run_dir: Path, data: util.Data, facts: dict, oof: pd.DataFrame, test: pd.DataFrame | None
 ) -> dict:
@@ -294,6 +412,12 @@ def record_fold(
 
 
 # ---------------------------------------------------------------- training
+def repeated(loader) -> Iterator:
+    """The batches of a loader over and over."""
+    while True:
+        yield from loader
+
+
 class Trainer:
     """A network with its optimizers and where its training stands."""
 
@@ -304,7 +428,8 @@ class Trainer:
         self.model = models.build_model(spec, weights).to(device)
         self.optimizer = torch.optim.Adam(self.model.param_groups(settings.lr, settings.head_lr))
         gates, gate_optimizer = fsg.gate_parameters(self.model), None
-        if gates and settings.routing == "off":
+        mode = settings.routing if gates else "off"
+        if gates and mode == "off":
             self.optimizer.add_param_group({"params": gates, "lr": settings.gate_lr})
         elif gates:
             gate_optimizer = torch.optim.Adam(gates, lr=settings.gate_lr)
@@ -312,7 +437,7 @@ class Trainer:
         self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.routing = fsg.GradientRouting(
-            self.model, self.optimizer, gate_optimizer, settings.routing, self.scaler
+            self.model, self.optimizer, gate_optimizer, mode, self.scaler
         )
         self.progress = {"epoch": 0, "best_epoch": 0, "best_auc": -1.0, "seconds": 0.0}
 
@@ -330,25 +455,41 @@ class Trainer:
                 group["lr"] = base_lr * factor
         return self.optimizer.param_groups[0]["lr"]
 
-    def train_epoch(self, loader, description: str) -> float:
-        """One pass over a loader; returns the mean loss. Raises InputError where it diverges."""
+    def compute_loss(self, image, meta, target, guide=None) -> torch.Tensor:
+        """Loss of one batch, with what --guide and --gate_l1 add."""
+        with models.autocast(self.device, self.settings.amp):
+            if guide is None:
+                logit = self.model(image, meta)
+            else:
+                logit, attention = self.model(image, meta, with_attention=True)
+        loss = LOSSES[self.settings.loss](logit.float(), target)
+        if guide is not None:
+            loss = loss + self.settings.guide_weight * guide_loss(attention.float(), guide)
+        if self.settings.gate_l1:
+            loss = loss + self.settings.gate_l1 * fsg.gate_penalty(self.model)
+        return loss
+
+    def loss_on(self, batch: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """The loss of a batch as a function of nothing, as GradientRouting takes it."""
+        batch = [part.to(self.device, non_blocking=True) for part in batch]
+        return partial(self.compute_loss, *batch)
+
+    def train_epoch(self, loader, description: str, gate_loader=None) -> float:
+        """One pass over a loader; returns the mean loss. Raises InputError where it diverges.
+
+        gate_loader: batches for the gates' own pass in held_out, as many as the loader has.
+        """
         self.model.train()
-        loss_function, total, count = LOSSES[self.settings.loss], 0.0, 0
+        total, count = 0.0, 0
+        gate_batches = None if gate_loader is None else repeated(gate_loader)
         for batch in tqdm(loader, desc=description, leave=False, unit="batch"):
-            image, *_ = batch = [part.to(self.device, non_blocking=True) for part in batch]
-
-            def compute_loss(image, meta, target, guide=None):
-                with models.autocast(self.device, self.settings.amp):
-                    if guide is None:
-                        return loss_function(self.model(image, meta).float(), target)
-                    logit, attention = self.model(image, meta, with_attention=True)
-                likeness = guide_loss(attention.float(), guide)
-                return loss_function(logit.float(), target) + self.settings.guide_weight * likeness
-
-            loss = self.routing.step(partial(compute_loss, *batch)).item()
+            losses = [self.loss_on(batch)]
+            if gate_batches is not None:
+                losses.append(self.loss_on(next(gate_batches)))
+            loss = self.routing.step(*losses).item()
             if not math.isfinite(loss):
                 raise InputError(f"{description}: the loss is {loss}; pass a lower --lr, --amp off")
-            total, count = total + loss * len(image), count + len(image)
+            total, count = total + loss * len(batch[0]), count + len(batch[0])
         return total / count
 
     def predict(self, loader, tta: int = 1) -> np.ndarray:
@@ -377,19 +518,25 @@ class Trainer:
         self.progress = content["progress"]
 
 
-def fit(trainer: Trainer, k: int, train: ImageDataset, valid: ImageDataset, run_dir: Path, extra):
+def fit(trainer: Trainer, k: int, images: dict[str, ImageDataset], run_dir: Path, extra: dict):
     """Train fold k until it is finished; its best epoch is in fold{k}_best.pt."""
-    settings, progress = trainer.settings, trainer.progress
+    settings, progress, valid = trainer.settings, trainer.progress, images["valid"]
     valid_loader = dataset.eval_loader(valid, settings.batch_size, settings.workers)
     while not trainer.finished:
         epoch, start = progress["epoch"] + 1, time.monotonic()
         seed = epoch_seed(settings.seed, k, epoch)
         torch.manual_seed(seed)
         lr = trainer.set_lr(epoch)
-        loader = dataset.train_loader(
-            train, settings.batch_size, settings.sampler, settings.workers, seed
+        make_loader = partial(
+            dataset.train_loader,
+            batch_size=settings.batch_size,
+            sampler=settings.sampler,
+            workers=settings.workers,
+            seed=seed,
         )
-        train_loss = trainer.train_epoch(loader, f"fold {k} epoch {epoch}")
+        loader = make_loader(images["train"])
+        gate_loader = make_loader(images["gates"]) if "gates" in images else None
+        train_loss = trainer.train_epoch(loader, f"fold {k} epoch {epoch}", gate_loader)
         rate = len(loader.sampler) / (time.monotonic() - start)
         prob = trainer.predict(valid_loader)
         auc = util.weighted_auc(valid.target, prob)
@@ -399,6 +546,8 @@ def fit(trainer: Trainer, k: int, train: ImageDataset, valid: ImageDataset, run_
         progress |= {"epoch": epoch, "auc": auc, "seconds": progress["seconds"] + seconds}
         values = (k, epoch, train_loss, valid_loss, auc, lr, seconds, rate)
         write_log(run_dir, dict(zip(LOG_COLUMNS, values, strict=True)))
+        if settings.fsg:
+            write_gates(run_dir, k, epoch, trainer.model)
         if auc > progress["best_auc"]:
             progress |= {"best_auc": auc, "best_epoch": epoch}
             models.save_checkpoint(
@@ -414,7 +563,8 @@ def fit(trainer: Trainer, k: int, train: ImageDataset, valid: ImageDataset, run_
 def make_datasets(
     k: int, settings: argparse.Namespace, data: util.Data, crop: dict | None
 ) -> tuple[dict[str, ImageDataset], MetaEncoder]:
-    """Images of fold k to "train" on, "valid" (held out) and "test", if any; their encoder."""
+    """Images of fold k to "train" on, "valid" (held out) and "test", if any; their encoder. With
+    --routing held_out also the "gates"' own training images."""
     tables, is_chipnet = read_tables(settings, data), settings.model == "chipnet"
     table = tables["train"]
     target = util.check_target(table, data.directory / "train.csv")
@@ -423,19 +573,25 @@ def make_datasets(
         "train": pick_rows(target, np.flatnonzero(~held_out), settings.limit),
         "valid": pick_rows(target, np.flatnonzero(held_out), settings.limit),
     }
+    if settings.routing == "held_out":
+        group = util.groups_of(table, data.facts["group_col"])
+        apart = gate_rows(rows["train"], group, target, epoch_seed(settings.seed, k, 0) % 2**32)
+        rows |= {"train": rows["train"][~apart], "gates": rows["train"][apart]}
     encoder = MetaEncoder({})  # ChipNet takes no metadata
     if not is_chipnet:
         encoder = MetaEncoder.fit(table.iloc[rows["train"]], meta_columns(settings, table))
     meta, images = encoder.encode(table), {}
     place = table[list(util.PLACE)].to_numpy() if settings.jitter else None
-    for part, where in (("train", place), ("valid", None)):
-        sources, chosen = image_sources(settings, data, "train", crop, where), rows[part]
-        images[part] = ImageDataset(sources, chosen, meta[chosen], target[chosen])
     shift = models.CHIP // 2 if is_chipnet else 0  # as much as crop.py shifts the chips
-    images["train"].transform = dataset.train_transform(data.size, shift)
-    if settings.guide is not None:
-        path = settings.guide / "train_attention.npy"
-        images["train"].guide = dataset.Guide(path, len(table), data.size // models.CHIP)
+    for part, chosen in rows.items():
+        fitted = part != "valid"
+        sources = image_sources(settings, data, "train", crop, place if fitted else None)
+        images[part] = ImageDataset(sources, chosen, meta[chosen], target[chosen])
+        if fitted:
+            images[part].transform = dataset.train_transform(data.size, shift)
+        if fitted and settings.guide is not None:
+            path = settings.guide / "train_attention.npy"
+            images[part].guide = dataset.Guide(path, len(table), data.size // models.CHIP)
     if data.test is not None:
         chosen = np.arange(len(data.test))[: settings.limit]
         sources = image_sources(settings, data, "test", crop)
@@ -460,16 +616,18 @@ def run_fold(
     if settings.resume and last_path.exists():
         trainer.load(last_path)
     extra = {"fold": k, "encoder": encoder.columns}
-    fit(trainer, k, images["train"], images["valid"], run_dir, extra)
+    fit(trainer, k, images, run_dir, extra)
 
     trainer.model = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)[0]
     tables = {}
-    for part in images.keys() - {"train"}:
+    for part in images.keys() - {"train", "gates"}:
         loader = dataset.eval_loader(images[part], settings.batch_size, settings.workers)
         prob, rows = trainer.predict(loader, settings.tta), images[part].rows
         ids = (data.test if part == "test" else data.train)[ID].to_numpy()[rows]
         tables[part] = pd.DataFrame({ID: ids, FOLD: k, PROB: prob})
     tables["valid"].insert(2, TARGET, images["valid"].target)
+    if settings.fsg:
+        record_gates(run_dir, k, trainer, images["valid"])
     progress = trainer.progress
     facts = {
         "fold": k,
@@ -528,8 +686,10 @@ def get_args_parser() -> argparse.ArgumentParser:
                        "[256; chipnet 512]")  # fmt: skip
     model.add_argument("--dropout", type=util.number(float, 0, 1), default=0.7,
                        help="before the head, 0 to 1")  # fmt: skip
-    model.add_argument("--gate_init", choices=("identity", "paper"), default="identity",
-                       help="start of the gates of fsg_vit")  # fmt: skip
+    model.add_argument("--fsg", action="store_true", help="Feature-Selection Gates in the backbone "
+                       "[always in fsg_vit]")  # fmt: skip
+    model.add_argument("--gate_init", choices=("identity", "paper", "hard"), help="start of the "
+                       "gates [identity]; hard: hard-concrete gates, which can close")  # fmt: skip
     data = parser.add_argument_group("data")
     data.add_argument("--data_dir", type=Path, default=Path("data"), help="from preprocess.py")
     data.add_argument("--crop_dir", type=Path, help="train on these crops of crop.py "
@@ -549,11 +709,13 @@ def get_args_parser() -> argparse.ArgumentParser:
                          help="balanced draws both classes equally often")  # fmt: skip
     fitting.add_argument("--lr", type=positive, help="of the backbone [1e-5; chipnet 5e-5]")
     fitting.add_argument("--head_lr", type=positive, help="of the rest [5e-5; chipnet 1e-4]")
-    fitting.add_argument("--gate_lr", type=positive, default=1e-3, help="of the gates")
+    fitting.add_argument("--gate_lr", type=positive, help="of the gates [1e-3]")
+    fitting.add_argument("--gate_l1", type=positive, help="weight in the loss of the mean gate, or "
+                         "of the share of hard gates that is open [0]")  # fmt: skip
     fitting.add_argument("--schedule", choices=("exponential", "cosine"), default="exponential",
                          help="x 0.95 per epoch, or warm-up and cosine")  # fmt: skip
-    fitting.add_argument("--routing", choices=fsg.MODES, default="single",
-                         help="how gates and weights are stepped (fsg.py)")  # fmt: skip
+    fitting.add_argument("--routing", choices=fsg.MODES, help="how gates and weights are stepped "
+                         "(fsg.py) [single]")  # fmt: skip
     fitting.add_argument("--seed", type=util.number(int, 0), default=0,
                          help="of weights and augmentation")  # fmt: skip
     fitting.add_argument("--guide", type=Path, help="crops of crop.py whose maps the attention of "

@@ -1,5 +1,6 @@
 """Losses, schedules, run directories, resuming."""
 
+import copy
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from conftest import SMALL_MODEL, call, shell
 from torch.nn import functional as F
 
+import fsg
 import models
 import train
 import util
@@ -16,6 +18,9 @@ from util import InputError
 
 RUN_FILES = {"config.json", "log.csv", "oof.csv", "test_predictions.csv", "submission.csv",
              "metrics.json", "curves.png", "roc.png"}  # fmt: skip
+
+
+GATE_FILES = {"gates.csv", "prune.csv", "fold0_gates.npy", "fold0_gates.png"}
 
 
 def fit(data_dir, runs, *more, model="resnet"):
@@ -165,11 +170,11 @@ def test_folds_gather_in_one_run_whatever_the_order(data_dir, tmp_path, runs_dir
     assert pd.read_csv(run / "oof.csv")["fold"].unique().tolist() == [0]
 
 
-@pytest.mark.parametrize("model", ["resnet", "fsg_vit"])
+@pytest.mark.parametrize("model", ["resnet", "fsg_vit"])  # the latter with a gate pass of its own
 def test_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, monkeypatch, model):
     more = ["--fold", "0", "--epochs", "3", "--patience", "3", "--dropout", "0.5"]
     if model == "fsg_vit":
-        more += ["--backbone", "vit_tiny", "--routing", "sequential"]
+        more += ["--backbone", "vit_tiny", "--routing", "held_out"]
     straight = fit(data_dir, tmp_path / "a", *more, model=model)
     save, saved = train.Trainer.save, []
 
@@ -186,7 +191,8 @@ def test_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, monkeypatch
     with pytest.raises(InputError, match="interrupted; pass --resume"):
         fit(data_dir, tmp_path / "b", *more, model=model)
     resumed = fit(data_dir, tmp_path / "b", *more, "--resume", model=model)
-    for name in ("oof.csv", "test_predictions.csv"):
+    names = ["oof.csv", "test_predictions.csv"] + sorted(GATE_FILES) * (model == "fsg_vit")
+    for name in names:
         assert (resumed / name).read_bytes() == (straight / name).read_bytes()
     columns = ["fold", "epoch", "train_loss", "valid_loss", "valid_auc", "lr"]
     logs = [pd.read_csv(run / "log.csv")[columns] for run in (straight, resumed)]
@@ -210,6 +216,81 @@ def test_every_routing_and_switch_trains(data_dir, tmp_path):
         "--loss", "bce", "--schedule", "cosine", "--amp", "bf16", "--workers", "1")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        ("resnet", ["--routing", "held_out"]),
+        ("chipnet", ["--gate_init", "hard", "--gate_l1", "1", "--gate_lr", "1"]),
+        ("cropnet", ["--gate_init", "paper", "--routing", "sequential"]),
+        ("fusion", ["--routing", "off"]),
+    ],
+)
+def test_gates_on_any_model(data_dir, tmp_path, model, more):
+    crops = [] if model in ("resnet", "chipnet") else ["--crop_dir", data_dir / "crops" / "chipnet"]
+    run = fit(data_dir, tmp_path, "--fold", 0, "--epochs", 2, "--fsg", *crops, *more, model=model)
+    assert GATE_FILES <= {path.name for path in run.iterdir()}
+    network, content = models.load_checkpoint(run / "fold0_last.pt")
+    gates = torch.cat(list(fsg.gate_values(network, relative=True).values()))
+    history = np.load(run / "fold0_gates.npy", allow_pickle=False)
+    assert history.shape == (2, len(gates))
+    assert np.allclose(history[-1], gates.numpy())
+    assert not np.array_equal(history[0], history[1])  # they learn
+    log = pd.read_csv(run / "gates.csv")
+    assert log.groupby("epoch").size().tolist() == [1 + len(fsg.gate_values(network))] * 2
+    total = log[(log["branch"] == "all") & (log["epoch"] == 2)].iloc[0]
+    assert total["mean"] == pytest.approx(gates.mean().item(), abs=1e-6)
+    prune = pd.read_csv(run / "prune.csv")
+    assert set(prune["ranking"]) == {"gate", "contribution", "chance"}
+    assert prune["share"].max() == 0.9
+    assert prune.loc[prune["share"] == 0, "auc"].nunique() == 1
+
+
+def test_prune_curve_leaves_the_network_and_finds_the_gates_that_matter():
+    torch.manual_seed(0)
+    model = fsg.add_gates(models.regnet_tiny(1)).eval()
+    first, *rest = fsg.gate_parameters(model)
+    with torch.no_grad():
+        first.fill_(4)
+        for gate in rest:
+            gate.fill_(-4)
+    x, before = torch.rand(40, 3, 32, 32), copy.deepcopy(model.state_dict())
+
+    def predict(model):
+        with torch.inference_mode():
+            return model(x).squeeze(1).double().numpy()
+
+    target = (predict(model) > np.median(predict(model))).astype(int)
+    curve = {point[:2]: point[2] for point in train.prune_curve(predict, model, target)}
+    assert curve["gate", 0.0] == 1
+    assert curve["gate", 0.9] > 0.95  # 16 of 240 gates carry it
+    assert curve["chance", 0.9] < curve["gate", 0.9]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_held_out_gates_have_whole_groups_of_their_own(data_dir):
+    words = ["--model", "resnet", "--fsg", "--routing", "held_out", "--data_dir", data_dir]
+    args = train.get_args_parser().parse_args([str(w) for w in [*words, *SMALL_MODEL]])
+    settings, data = train.fill_defaults(args), util.read_data(data_dir)
+    images, _ = train.make_datasets(0, settings, data, None)
+    group = util.groups_of(data.train, data.facts["group_col"])
+    parts = [set(group[images[part].rows]) for part in ("train", "gates", "valid")]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts))  # no group on two sides
+    rows = np.concatenate([images[part].rows for part in ("train", "gates", "valid")])
+    assert sorted(rows) == list(range(len(data.train)))
+    assert images["gates"].transform is not images["train"].transform
+    assert set(images["gates"].target) == {0, 1}
+
+
+def test_too_few_images_for_held_out_gates_are_named():
+    rows, target = np.arange(8), np.array([0, 0, 0, 0, 0, 0, 0, 1])
+    for chosen in (rows, rows[:3]):
+        with pytest.raises(InputError, match="too few groups of a class"):
+            train.gate_rows(chosen, np.arange(8), target, 0)
+    apart = train.gate_rows(rows, np.arange(8), np.arange(8) % 2, 0)
+    assert 2 <= apart.sum() <= 3  # four groups of a class: a quarter of them
+
+
 def test_diverging_training_stops(data_dir, tmp_path):
     with pytest.raises(InputError, match="the loss is (nan|inf)"):
         fit(data_dir, tmp_path, "--fold", 0, "--lr", "1e30", "--head_lr", "1e30", "--epochs", 5)
@@ -223,6 +304,8 @@ def test_diverging_training_stops(data_dir, tmp_path):
         (["--meta_cols", "colour"], "--meta_cols colour"),
         (["--data_dir", "nowhere"], "nowhere"),
         (["--crop_dir", "nowhere"], r"crop\.json is missing"),
+        (["--gate_lr", "1"], "--gate_lr is for gates; resnet has some with --fsg"),
+        (["--routing", "off"], "--routing is for gates"),
     ],
 )
 def test_bad_input(data_dir, tmp_path, words, message):
