@@ -1,4 +1,4 @@
-"""The quality benchmarks: their scores, and their tables on small data."""
+"""The benchmarks: their scores, and their tables on small data."""
 
 import shutil
 import sys
@@ -6,6 +6,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import localize
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import crop_gain
 import crop_quality
+import fsg_ablation
+import fsg_cost
 import lesions
 
 
@@ -105,3 +108,72 @@ def test_gain_table(data_dir, runs_dir, mask_dir, tmp_path, capsys, monkeypatch)
     assert f"| full + full (control) | {auc:.3f} |" in out  # twice the same net
     assert "| full + crop, zoom |" in out
     assert "small:" in out
+
+
+def test_ablation_pairs_arms_and_repeats_nothing(tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    words = ["digits", "--seeds", 2, "--share", 0.1, "--epochs", 1, "--small_epochs", 1,
+             "--size", 32, "--backbone", "regnet_tiny", "--output", output]  # fmt: skip
+    arms = ["baseline", "layerscale_l1", "held_out", "upstream", "hard"]
+    run(fsg_ablation, *words, "--arms", *arms)
+    first = capsys.readouterr().out
+    rows = fsg_ablation.read_rows(output)
+    assert len(rows) == 10
+    assert "119 training and 599 test images, 2 seeds" in first
+    lines = {line.split("|")[1].strip(): line for line in first.splitlines() if line[:1] == "|"}
+    assert lines.keys() >= {"baseline", "layerscale_l1 10", "held_out", "upstream", "hard 10"}
+    for row in rows:
+        assert len(row["contribution"]) == len(fsg_ablation.SHARES)
+        assert ("gate" in row) == (row["arm"] != "baseline")
+    run(fsg_ablation, *words, "--arms", *arms)
+    assert capsys.readouterr().out == first  # read from the file
+
+
+def test_ablation_arms_start_from_the_same_function(tmp_path):
+    words = ["digits", "--size", "32", "--backbone", "regnet_tiny"]
+    args = fsg_ablation.get_args_parser().parse_args(words)
+    x, outputs = torch.rand(2, 3, 32, 32), {}
+    for arm in fsg_ablation.ARMS:
+        torch.manual_seed(0)
+        network = fsg_ablation.make_network(args, 10)
+        fsg_ablation.add_arm(network, arm)
+        outputs[arm] = network.eval()(x, None)
+    same = {arm for arm, out in outputs.items() if torch.equal(out, outputs["baseline"])}
+    assert same == set(fsg_ablation.ARMS) - {"paper", "upstream"}
+
+
+def test_ablation_reads_a_data_directory(data_dir):
+    parts = [fsg_ablation.load_data(str(data_dir), seed) for seed in (0, 1)]
+    for part in parts:
+        assert len(part["x"]) + len(part["x_test"]) == 24
+        assert len(part["x"]) == len(part["y"]) == len(part["group"])
+    tests = [{image.tobytes() for image in part["x_test"]} for part in parts]
+    assert not tests[0] & tests[1]
+
+
+def test_ablation_statistics():
+    assert fsg_ablation.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "c": 0.06, "b": 0.06}
+    )
+    rows = [{"metric": "auc", "auc": auc, "gate": [auc, auc - 0.05, 0.5, 0.5, 0.5]}
+            for auc in (0.8, 0.9)]  # fmt: skip
+    assert fsg_ablation.prunable(rows, "gate") == "50%"  # .80 is within .071 of .85, .5 is not
+    assert fsg_ablation.prunable(rows, "contribution") == ""
+
+
+def test_cost_of_gates(capsys):
+    run(fsg_cost, "--backbone", "regnet_tiny", "--size", 32, "--batch_size", 2, "--rounds", 2)
+    out = capsys.readouterr().out
+    assert all(f"| {name} |" in out for name in (*fsg_cost.STEPS, *fsg_cost.PREDICTIONS))
+    assert "times as fast as two passes" in out
+
+
+def test_reference_of_the_cost_benchmark_takes_the_step_of_single():
+    plain, states = fsg_cost.models.regnet_tiny(2), []
+    x = torch.rand(2, 3, 32, 32)
+    for variant in ("single", "two passes"):
+        torch.manual_seed(0)
+        step, model = fsg_cost.make_step(plain, variant, x, "off")
+        step()
+        states.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
