@@ -369,8 +369,9 @@ def plot_gates(path: Path, model: torch.nn.Module, curve: pd.DataFrame) -> None:
     left.set(xlabel="channel", ylabel="branch", title="Gates of the best epoch")
     for ranking, rows in curve.groupby("ranking", sort=False):
         rows = rows.sort_values("share")
-        right.plot(rows["share"], rows["auc"], marker="o", label=f"lowest {ranking} first")
-    right.set(xlabel="share of gates closed", ylabel="AUC, held-out images", title="Prune curve")
+        right.plot(rows["share"], rows["auc"], marker="o", label=f"by {ranking}")
+    right.set(xlabel="share of gates closed, lowest first", ylabel="AUC, held-out images")
+    right.set_title("Prune curve")
     right.legend()
     util.save_figure(path, figure)
 
