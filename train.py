@@ -670,6 +670,20 @@ def main(args: argparse.Namespace) -> Path:
     return run_dir
 
 
+def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of Feature-Selection Gates."""
+    gates, positive = parser.add_argument_group("gates"), util.number(float, 0)
+    gates.add_argument("--fsg", action="store_true", help="Feature-Selection Gates in the backbone "
+                       "[always in fsg_vit]")  # fmt: skip
+    gates.add_argument("--gate_init", choices=("identity", "paper", "hard"), help="their start "
+                       "[identity]; hard: hard-concrete gates, which can close")  # fmt: skip
+    gates.add_argument("--gate_lr", type=positive, help="their learning rate [1e-3]")
+    gates.add_argument("--gate_l1", type=positive, help="weight in the loss of the mean gate, or "
+                       "of the share of hard gates that is open [0]")  # fmt: skip
+    gates.add_argument("--routing", choices=fsg.MODES, help="how gates and weights are stepped "
+                       "(fsg.py) [single]")  # fmt: skip
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__)
@@ -687,10 +701,6 @@ def get_args_parser() -> argparse.ArgumentParser:
                        "[256; chipnet 512]")  # fmt: skip
     model.add_argument("--dropout", type=util.number(float, 0, 1), default=0.7,
                        help="before the head, 0 to 1")  # fmt: skip
-    model.add_argument("--fsg", action="store_true", help="Feature-Selection Gates in the backbone "
-                       "[always in fsg_vit]")  # fmt: skip
-    model.add_argument("--gate_init", choices=("identity", "paper", "hard"), help="start of the "
-                       "gates [identity]; hard: hard-concrete gates, which can close")  # fmt: skip
     data = parser.add_argument_group("data")
     data.add_argument("--data_dir", type=Path, default=Path("data"), help="from preprocess.py")
     data.add_argument("--crop_dir", type=Path, help="train on these crops of crop.py "
@@ -710,18 +720,14 @@ def get_args_parser() -> argparse.ArgumentParser:
                          help="balanced draws both classes equally often")  # fmt: skip
     fitting.add_argument("--lr", type=positive, help="of the backbone [1e-5; chipnet 5e-5]")
     fitting.add_argument("--head_lr", type=positive, help="of the rest [5e-5; chipnet 1e-4]")
-    fitting.add_argument("--gate_lr", type=positive, help="of the gates [1e-3]")
-    fitting.add_argument("--gate_l1", type=positive, help="weight in the loss of the mean gate, or "
-                         "of the share of hard gates that is open [0]")  # fmt: skip
     fitting.add_argument("--schedule", choices=("exponential", "cosine"), default="exponential",
                          help="x 0.95 per epoch, or warm-up and cosine")  # fmt: skip
-    fitting.add_argument("--routing", choices=fsg.MODES, help="how gates and weights are stepped "
-                         "(fsg.py) [single]")  # fmt: skip
     fitting.add_argument("--seed", type=util.number(int, 0), default=0,
                          help="of weights and augmentation")  # fmt: skip
     fitting.add_argument("--guide", type=Path, help="crops of crop.py whose maps the attention of "
                          "chipnet should resemble")  # fmt: skip
     fitting.add_argument("--guide_weight", type=positive, default=1.0, help="of that likeness")
+    add_gate_arguments(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--name", help="of the run directory [the model's]")
     run.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are kept")

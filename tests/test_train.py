@@ -282,6 +282,24 @@ def test_held_out_gates_have_whole_groups_of_their_own(data_dir):
     assert set(images["gates"].target) == {0, 1}
 
 
+def test_gates_of_held_out_step_on_batches_of_their_own(data_dir, tmp_path, monkeypatch):
+    loss_on, shown = train.Trainer.loss_on, []
+
+    def record(self, batch):
+        shown.append(batch[1])  # metadata names the row here
+        return loss_on(self, batch)
+
+    encode = train.MetaEncoder.encode
+    monkeypatch.setattr(train.Trainer, "loss_on", record)
+    monkeypatch.setattr(train.MetaEncoder, "encode", lambda self, table: np.repeat(
+        np.arange(len(table), dtype=np.float32)[:, None], encode(self, table).shape[1], axis=1))
+    fit(data_dir, tmp_path, "--fold", 0, "--fsg", "--routing", "held_out")
+    weights, gates = ({int(row[0]) for batch in shown[i::2] for row in batch} for i in (0, 1))
+    assert weights
+    assert gates
+    assert not weights & gates
+
+
 def test_too_few_images_for_held_out_gates_are_named():
     rows, target = np.arange(8), np.array([0, 0, 0, 0, 0, 0, 0, 1])
     for chosen in (rows, rows[:3]):
