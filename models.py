@@ -96,11 +96,9 @@ def load_weights(network: nn.Module, head: str, path: Path) -> None:
     """Load a state_dict, or the backbone of a checkpoint, into a backbone; only the keys of its
     head may differ."""
     state = read_torch_file(path)
-    own_checkpoint = "spec" in state
+    if "spec" in state:  # its gates, if any, become part of the weights
+        state = fsg.fold_gates(load_checkpoint(path)[0].backbone).state_dict()
     state = state.get("state_dict", state)
-    if own_checkpoint:
-        prefix = "backbone."
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     own = network.state_dict()
     body = {key: value for key, value in state.items() if not key.startswith(head + ".")}
     wrong = [key for key in own if not key.startswith(head + ".") and key not in body]

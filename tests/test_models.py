@@ -226,3 +226,16 @@ def test_foreign_checkpoints_are_refused(tmp_path, content):
         }[content], path)  # fmt: skip
     with pytest.raises(ModelError, match=r"a\.pt"):
         models.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("gates", ["paper", "hard"])
+def test_weights_of_a_gated_checkpoint_start_from_its_function(tmp_path, gates):
+    gated = spec("resnet") | {"gates": gates}
+    trained = models.build_model(gated).eval()
+    for gate in fsg.gate_parameters(trained):
+        torch.nn.init.normal_(gate)
+    models.save_checkpoint(tmp_path / "a.pt", trained, gated)
+    image = torch.rand(2, 3, 64, 64)
+    for start in (spec("resnet"), spec("resnet") | {"gates": "identity"}):
+        network = models.build_model(start, str(tmp_path / "a.pt")).eval()
+        assert torch.allclose(network.backbone(image), trained.backbone(image), atol=1e-5)
