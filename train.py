@@ -14,7 +14,6 @@ recipe: focal loss, balanced sampling, Adam, learning rate x 0.95 per epoch, ear
 """
 
 import argparse
-import copy
 import math
 import os
 import shutil
@@ -336,7 +335,6 @@ def prune_curve(
     predict: model -> probabilities of the images of `target` (N,). Rankings: the gates, what they
     contribute on these images, and chance. The model is left as it is.
     """
-    model = copy.deepcopy(model)
     gates = fsg.gate_values(model)
     kept = {name: module.fsg.detach().clone() for name, module in fsg.gated_modules(model).items()}
     generator = torch.Generator().manual_seed(0)

@@ -250,6 +250,28 @@ def test_gates_on_any_model(data_dir, tmp_path, model, more):
     assert prune.loc[prune["share"] == 0, "auc"].nunique() == 1
 
 
+def test_gate_log_gathers_folds_and_replaces_what_is_trained_again(tmp_path):
+    model = fsg.add_gates(models.regnet_tiny(1))
+    for fold, epoch, logit in ((1, 1, 0), (0, 1, 0), (0, 2, 1), (0, 3, 9), (0, 2, 2)):
+        for gate in fsg.gate_parameters(model):
+            torch.nn.init.constant_(gate, logit)
+        train.write_gates(tmp_path, fold, epoch, model)
+    log = pd.read_csv(tmp_path / "gates.csv")
+    log = log[log["branch"] == "all"]
+    assert log[["fold", "epoch"]].to_numpy().tolist() == [[0, 1], [0, 2], [1, 1]]
+    expected = [1, 2 / (1 + np.exp(-2)), 1]
+    assert log["mean"].tolist() == pytest.approx(expected)
+    history = np.load(tmp_path / "fold0_gates.npy", allow_pickle=False)
+    assert np.allclose(history, np.array(expected[:2])[:, None])
+
+
+def test_prune_curves_of_all_folds_are_in_one_table(data_dir, tmp_path):
+    run = fit(data_dir, tmp_path, "--fsg", "--limit", 4)
+    prune = pd.read_csv(run / "prune.csv")
+    assert prune.groupby("fold").size().tolist() == [15, 15]
+    assert {"fold0_gates.png", "fold1_gates.png"} < {path.name for path in run.iterdir()}
+
+
 def test_prune_curve_leaves_the_network_and_finds_the_gates_that_matter():
     torch.manual_seed(0)
     model = fsg.add_gates(models.regnet_tiny(1)).eval()
