@@ -230,7 +230,7 @@ def test_every_routing_and_switch_trains(data_dir, tmp_path):
         ("fusion", ["--routing", "off"]),
     ],
 )
-def test_gates_on_any_model(data_dir, tmp_path, model, more):
+def test_gates_on_any_model(data_dir, runs_dir, source, tmp_path, model, more):
     crops = [] if model in ("resnet", "chipnet") else ["--crop_dir", data_dir / "crops" / "chipnet"]
     run = fit(data_dir, tmp_path, "--fold", 0, "--epochs", 2, "--fsg", *crops, *more, model=model)
     assert GATE_FILES <= {path.name for path in run.iterdir()}
@@ -248,6 +248,10 @@ def test_gates_on_any_model(data_dir, tmp_path, model, more):
     assert set(prune["ranking"]) == {"gate", "contribution", "chance"}
     assert prune["share"].max() == 0.9
     assert prune.loc[prune["share"] == 0, "auc"].nunique() == 1
+    if model == "resnet":
+        call("predict", "--run", run, "--output", tmp_path / "out", "--device", "cpu",
+             source / "images" / "0000.jpg")  # fmt: skip
+        assert (tmp_path / "out" / "predictions.csv").exists()
 
 
 def test_gate_log_gathers_folds_and_replaces_what_is_trained_again(tmp_path):
