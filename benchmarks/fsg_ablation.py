@@ -21,9 +21,7 @@ Arms, all with the same networks, batches, steps, and learning rate of the weigh
     l1           single, plus a --penalty times the mean gate
     layerscale_l1   layerscale with the gates' learning rate and that penalty
     hard         single, with hard-concrete gates and the penalty on the share that is open
-    head_only    no gates; the backbone's weights stay as they are, only the head learns
-    gates_only   single, with those weights frozen: the gates and the head learn
-The sparse ones (l1, layerscale_l1, hard) are trained once for every --penalty.
+The last three are trained once for every --penalty.
 
 References:
     Touvron et al., Going Deeper with Image Transformers, ICCV 2021: LayerScale.
@@ -53,9 +51,8 @@ import util
 from train import lr_factor
 
 ARMS = ("baseline", "layerscale", "joint", "single", "sequential", "held_out", "paper",
-        "upstream", "l1", "layerscale_l1", "hard", "head_only", "gates_only")  # fmt: skip
+        "upstream", "l1", "layerscale_l1", "hard")  # fmt: skip
 SHARES = (0.25, 0.5, 0.75, 0.9, 1.0)  # of the channels closed for the prune curve
-PLAIN, FROZEN = ("baseline", "head_only"), ("head_only", "gates_only")
 SPARSE = ("l1", "layerscale_l1", "hard")
 GATE_SHARE = 0.2  # of the training groups, for the gates alone in held_out
 
@@ -125,9 +122,7 @@ def apply_scale(module: nn.Module, inputs, output):
 
 def add_arm(network: nn.Module, arm: str) -> None:
     """Give a network what the arm asks for."""
-    if arm in FROZEN:
-        network.backbone.requires_grad_(False)
-    if arm in PLAIN:
+    if arm == "baseline":
         return
     fsg.add_gates(network, init="paper" if arm in ("paper", "upstream") else "identity",
                   hard=arm == "hard")  # fmt: skip
@@ -150,7 +145,7 @@ def make_routing(network: nn.Module, arm: str, args) -> fsg.GradientRouting:
     gates = fsg.gate_parameters(network)
     groups = network.param_groups(args.lr, args.head_lr or args.lr)
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
-    if arm in PLAIN:
+    if arm == "baseline":
         return fsg.GradientRouting(network, optimizer, mode="off")
     if arm in ("joint", "layerscale"):
         optimizer.add_param_group({"params": gates, "lr": args.lr, "weight_decay": 0.0})
@@ -240,14 +235,14 @@ def score(y: np.ndarray, prob: np.ndarray) -> dict[str, float]:
 @torch.no_grad()
 def prune_curve(network: nn.Module, arm: str, x_train, x_test, y_test, metric: str) -> dict:
     """Score on the test set with shares of the channels closed, by gate and by contribution."""
-    if arm in PLAIN:
+    if arm == "baseline":
         fsg.add_gates(network)  # all 1: contributions rank what a plain network would miss least
     modules = fsg.gated_modules(network)
     network.eval()
     rankings = {
         "contribution": fsg.gate_contributions(network, lambda: predict(network, x_train[:512]))
     }
-    if arm not in PLAIN:
+    if arm != "baseline":
         raw = arm.startswith("layerscale")
         rankings["gate"] = {
             name: module.fsg.abs() if raw else fsg.gate_of(module)
@@ -287,7 +282,7 @@ def run_arm(label: str, share: float, seed: int, args) -> dict:
     row = {"data": Path(args.data).stem, "share": share, "arm": label, "seed": seed,
            "images": len(rows), "test_images": len(x_test), "metric": metric, **result,
            "gap": train[metric] - result[metric], "ms": 1000 * seconds}  # fmt: skip
-    if arm not in PLAIN:
+    if arm != "baseline":
         gate = torch.cat(list(fsg.gate_values(network, relative=True).values()))
         if arm.startswith("layerscale"):
             gate = torch.cat(fsg.gate_parameters(network)).detach().abs()
