@@ -228,6 +228,12 @@ def gate_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [module.fsg for module in gated_modules(model).values()]
 
 
+def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters but the gates' logits."""
+    gates = {id(gate) for gate in gate_parameters(model)}
+    return [p for p in model.parameters() if id(p) not in gates]
+
+
 def gate_values(model: nn.Module, relative: bool = False) -> dict[str, torch.Tensor]:
     """The gates themselves, detached, {branch name: (C,)}; relative: over their start value."""
     return {
@@ -308,14 +314,29 @@ def prune_gates(
     return model
 
 
+@contextmanager
+def pruned(
+    model: nn.Module, share: float, scores: dict[str, torch.Tensor] | None = None
+) -> Iterator[nn.Module]:
+    """Gates closed as by prune_gates inside the block, as they were after it."""
+    gates = gate_parameters(model)
+    kept = [gate.detach().clone() for gate in gates]
+    try:
+        yield prune_gates(model, share, scores)
+    finally:
+        with torch.no_grad():
+            for gate, value in zip(gates, kept, strict=True):
+                gate.copy_(value)
+
+
 @torch.no_grad()
 def fold_gates(model: nn.Module) -> nn.Module:
     """Multiply every gate into the layer before it and remove it: the plain network, its keys."""
     for module in gated_modules(model).values():
         layer, gate = producer(module), gate_of(module)
-        axis = -1 if is_conv1d(layer) else 0
-        layer.weight.mul_(gate.view([-1 if d == axis % layer.weight.ndim else 1
-                                     for d in range(layer.weight.ndim)]))  # fmt: skip
+        shape = [1] * layer.weight.ndim
+        shape[-1 if is_conv1d(layer) else 0] = -1
+        layer.weight.mul_(gate.view(shape))
         if layer.bias is not None:
             layer.bias.mul_(gate)
         del module.fsg, module.fsg_kind, module.fsg_axis
@@ -384,15 +405,15 @@ class GradientRouting:
         self.optimizers = [o for o in (optimizer, gate_optimizer) if o is not None]
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         self.clips = {id(optimizer): clip, id(gate_optimizer): gate_clip}
-        self.gates = gate_parameters(model)
-        ids = {id(gate) for gate in self.gates}
-        self.weights = [p for p in model.parameters() if id(p) not in ids]
-        self._check_owners(ids)
+        self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
+        self.gates, self.weights = gate_parameters(model), weight_parameters(model)
+        self._check_owners()
 
-    def _check_owners(self, gate_ids: set[int]) -> None:
+    def _check_owners(self) -> None:
         """Every gate belongs to the gate optimizer alone: found by identity, not by name."""
         if self.gate_optimizer is None:
             return
+        gate_ids = {id(gate) for gate in self.gates}
         owned = [{id(p) for g in o.param_groups for p in g["params"]} for o in self.optimizers]
         if not gate_ids or owned[1] != gate_ids or owned[0] & gate_ids:
             raise ValueError(
@@ -400,6 +421,12 @@ class GradientRouting:
                 f"optimizer {len(owned[0] & gate_ids)} of the gates; gate_optimizer should hold "
                 "gate_parameters(model) and optimizer the rest"
             )
+
+    def scale_lr(self, factor: float) -> None:
+        """Set all learning rates to `factor` times what they were at construction."""
+        for optimizer, base_lrs in zip(self.optimizers, self.base_lrs, strict=True):
+            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
+                group["lr"] = base_lr * factor
 
     def step(self, loss_fn: Callable, gate_loss_fn: Callable | None = None) -> torch.Tensor:
         """Take one step on the loss that `loss_fn()` computes; returns it, detached.

@@ -171,10 +171,10 @@ class Network(nn.Module):
 
     def param_groups(self, lr: float, head_lr: float) -> list[dict]:
         """Parameter groups: the backbone at `lr`, everything else but gates at `head_lr`."""
-        gates = {id(p) for p in fsg.gate_parameters(self)}
-        body = {id(p): p for p in self.backbone.parameters() if id(p) not in gates}
-        rest = [p for p in self.parameters() if id(p) not in body and id(p) not in gates]
-        return [{"params": list(body.values()), "lr": lr}, {"params": rest, "lr": head_lr}]
+        body = fsg.weight_parameters(self.backbone)
+        ids = {id(p) for p in body}
+        rest = [p for p in fsg.weight_parameters(self) if id(p) not in ids]
+        return [{"params": body, "lr": lr}, {"params": rest, "lr": head_lr}]
 
 
 class MetaResNet(Network):

@@ -336,21 +336,18 @@ def prune_curve(
     contribute on these images, and chance. The model is left as it is.
     """
     gates = fsg.gate_values(model)
-    kept = {name: module.fsg.detach().clone() for name, module in fsg.gated_modules(model).items()}
     generator = torch.Generator().manual_seed(0)
     rankings = {
         "gate": gates,
         "contribution": fsg.gate_contributions(model, lambda: predict(model)),
         "chance": {name: torch.rand(len(g), generator=generator) for name, g in gates.items()},
     }
-    curve = [(ranking, 0.0, util.weighted_auc(target, predict(model))) for ranking in rankings]
+    whole = util.weighted_auc(target, predict(model))
+    curve = [(ranking, 0.0, whole) for ranking in rankings]
     for ranking, scores in rankings.items():
         for share in PRUNE_SHARES:
-            fsg.prune_gates(model, share, scores)
-            curve.append((ranking, share, util.weighted_auc(target, predict(model))))
-            with torch.no_grad():
-                for name, module in fsg.gated_modules(model).items():
-                    module.fsg.copy_(kept[name])
+            with fsg.pruned(model, share, scores):
+                curve.append((ranking, share, util.weighted_auc(target, predict(model))))
     return curve
 
 
@@ -432,8 +429,6 @@ class Trainer:
             self.optimizer.add_param_group({"params": gates, "lr": settings.gate_lr})
         elif gates:
             gate_optimizer = torch.optim.Adam(gates, lr=settings.gate_lr)
-        self.optimizers = [o for o in (self.optimizer, gate_optimizer) if o is not None]
-        self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.routing = fsg.GradientRouting(
             self.model, self.optimizer, gate_optimizer, mode, self.scaler
@@ -448,10 +443,7 @@ class Trainer:
 
     def set_lr(self, epoch: int) -> float:
         """Set the learning rates of an epoch; returns the backbone's."""
-        factor = lr_factor(self.settings.schedule, epoch, self.settings.epochs)
-        for optimizer, base_lrs in zip(self.optimizers, self.base_lrs, strict=True):
-            for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
-                group["lr"] = base_lr * factor
+        self.routing.scale_lr(lr_factor(self.settings.schedule, epoch, self.settings.epochs))
         return self.optimizer.param_groups[0]["lr"]
 
     def compute_loss(self, image, meta, target, guide=None) -> torch.Tensor:
@@ -501,7 +493,7 @@ class Trainer:
             path,
             self.model,
             self.spec,
-            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            optimizers=[optimizer.state_dict() for optimizer in self.routing.optimizers],
             scaler=self.scaler.state_dict(),
             progress=self.progress,
             **extra,
@@ -511,7 +503,7 @@ class Trainer:
         """Take up training where `save` left it."""
         content = models.load_checkpoint(path)[1]
         self.model.load_state_dict(content["state_dict"])
-        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+        for optimizer, state in zip(self.routing.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.scaler.load_state_dict(content["scaler"])
         self.progress = content["progress"]

@@ -184,7 +184,6 @@ def train_network(network: nn.Module, arm: str, penalty: float, data: dict, rows
         apart = np.isin(data["group"][rows], chosen)
         mine, gates_own = np.flatnonzero(~apart), np.flatnonzero(apart)
     routing = make_routing(network, arm, args)
-    base = [[group["lr"] for group in o.param_groups] for o in routing.optimizers]
     epochs = round(args.epochs * (1 if share == 1 else args.small_epochs))
     steps = max(len(rows) // args.batch_size, 1)
     draw, seconds = np.random.default_rng(seed), []
@@ -195,9 +194,7 @@ def train_network(network: nn.Module, arm: str, penalty: float, data: dict, rows
 
     network.train()
     for epoch in range(1, epochs + 1):
-        for optimizer, lrs in zip(routing.optimizers, base, strict=True):
-            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * lr_factor("cosine", epoch, epochs)
+        routing.scale_lr(lr_factor("cosine", epoch, epochs))
         order = np.random.default_rng([seed, epoch]).permutation(mine)
         order = np.resize(order, steps * args.batch_size)  # every arm takes as many steps
         for batch in order.reshape(steps, args.batch_size):
@@ -248,18 +245,15 @@ def prune_curve(network: nn.Module, arm: str, x_train, x_test, y_test, metric: s
             name: module.fsg.abs() if raw else fsg.gate_of(module)
             for name, module in modules.items()
         }
-    kept = {name: module.fsg.clone() for name, module in modules.items()}
     curves = {}
     for kind, scores in rankings.items():
         curves[kind] = []
         for share in SHARES:
-            fsg.prune_gates(network, share, scores)
-            if arm.startswith("layerscale"):
-                for module in modules.values():
-                    module.fsg[module.fsg == fsg.CLOSED] = 0.0
-            curves[kind].append(score(y_test, predict(network, x_test))[metric])
-            for name, module in modules.items():
-                module.fsg.copy_(kept[name])
+            with fsg.pruned(network, share, scores):
+                if arm.startswith("layerscale"):
+                    for module in modules.values():
+                        module.fsg[module.fsg == fsg.CLOSED] = 0.0
+                curves[kind].append(score(y_test, predict(network, x_test))[metric])
     return curves
 
 

@@ -53,9 +53,7 @@ def make_step(plain: nn.Module, variant: str, x: torch.Tensor, amp: str) -> tupl
     model = copy.deepcopy(plain).train()
     if variant != "plain":
         fsg.add_gates(model)
-    gates = fsg.gate_parameters(model)
-    ids = {id(gate) for gate in gates}
-    weights = [p for p in model.parameters() if id(p) not in ids]
+    gates, weights = fsg.gate_parameters(model), fsg.weight_parameters(model)
     if variant in ("plain", "off"):
         optimizer = torch.optim.AdamW([*weights, *gates], 1e-5)
         routing = fsg.GradientRouting(model, optimizer, mode="off")

@@ -50,13 +50,10 @@ def network_input(x: torch.Tensor) -> torch.Tensor:
 
 def make_routing(model: nn.Module, args: argparse.Namespace) -> fsg.GradientRouting:
     """AdamW for the weights, and one of its own, without weight decay, for the gates."""
-    gates = fsg.gate_parameters(model)
-    ids = {id(gate) for gate in gates}
-    weights = [p for p in model.parameters() if id(p) not in ids]
     return fsg.GradientRouting(
         model,
-        torch.optim.AdamW(weights, args.lr, weight_decay=0.05),
-        torch.optim.AdamW(gates, args.gate_lr, weight_decay=0.0),
+        torch.optim.AdamW(fsg.weight_parameters(model), args.lr, weight_decay=0.05),
+        torch.optim.AdamW(fsg.gate_parameters(model), args.gate_lr, weight_decay=0.0),
         args.routing,
     )
 
@@ -64,16 +61,12 @@ def make_routing(model: nn.Module, args: argparse.Namespace) -> fsg.GradientRout
 def fit(model: nn.Module, train: Split, args: argparse.Namespace) -> None:
     """Train on cross-entropy, learning rates falling along half a cosine."""
     routing, batch = make_routing(model, args), min(args.batch_size, len(train.x))
-    base = [[group["lr"] for group in o.param_groups] for o in routing.optimizers]
     steps = len(train.x) // batch
     model.train()
     for epoch in (bar := tqdm(range(args.epochs), unit="epoch")):
         total = 0.0
         for i, rows in enumerate(torch.randperm(len(train.x))[: steps * batch].split(batch)):
-            factor = 0.5 + 0.5 * math.cos(math.pi * (epoch + i / steps) / args.epochs)
-            for optimizer, lrs in zip(routing.optimizers, base, strict=True):
-                for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                    group["lr"] = lr * factor
+            routing.scale_lr(0.5 + 0.5 * math.cos(math.pi * (epoch + i / steps) / args.epochs))
             x = network_input(train.x[rows].to(args.device))
             y = train.y[rows].to(args.device)
             total += routing.step(lambda x=x, y=y: F.cross_entropy(model(x), y)).item()

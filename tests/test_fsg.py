@@ -316,9 +316,7 @@ def test_distributed_data_parallel_learns_the_same_gates(process_group, mode):
         torch.manual_seed(0)
         model = fsg.add_gates(models.regnet_tiny(2))
         wrapped = wrap(model)
-        gates = fsg.gate_parameters(wrapped)
-        ids = {id(gate) for gate in gates}
-        weights = [p for p in wrapped.parameters() if id(p) not in ids]
+        gates, weights = fsg.gate_parameters(wrapped), fsg.weight_parameters(wrapped)
         routing = fsg.GradientRouting(
             wrapped, torch.optim.SGD(weights, 0.1), torch.optim.SGD(gates, 0.5), mode
         )
