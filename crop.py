@@ -15,17 +15,20 @@ A training image is cropped by the map of the fold that held it out; a test imag
 of all folds. Sources: attention (a ChipNet), gradcam (any trained run), saliency (no labels:
 what differs from the background in the features of a pretrained network), attention*saliency
 (their product), boxes (a csv of image_name, x0, y0, x1, y1 in pixels of the originals).
+
+Every file is decoded once, for all its crops. A stopped run goes on where it was when called
+again. N machines share the work as --shard 0/N, 1/N, ...; a call without --shard then finishes.
 """
 
 import argparse
 import os
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from tqdm import tqdm
 
 import localize
 import models
@@ -62,20 +65,28 @@ def load_networks(run_dir: Path, source: str, data: util.Data, device: torch.dev
     return {k: models.load_checkpoint(path, device)[0] for k, path in paths.items()}
 
 
-def fit_saliencies(data: util.Data, array: np.ndarray, output_dir: Path, args, device) -> dict:
-    """A Saliency by fold, learned from the images of the other folds; saved in saliency.pt."""
+def fit_saliencies(data: util.Data, output_dir: Path, args, device) -> dict:
+    """A Saliency by fold, learned from the images of the other folds, or loaded where a stopped
+    run or another shard has learned them; kept in saliency.pt.part."""
+    path = util.part_of(output_dir / "saliency.pt")
+    if path.exists():
+        network, content = models.load_checkpoint(path, device)
+        parts = content["saliency"]
+        return {int(k): localize.Saliency(network, **part) for k, part in parts.items()}
     spec = {
         "model": "resnet", "backbone": args.backbone, "image_size": data.size, "meta_dim": 0,
         "hidden": 1, "dropout": 0.0, "gates": None,
     }  # fmt: skip
+    torch.manual_seed(0)  # of --weights none
     network = models.build_model(spec, args.weights).to(device).eval()
+    array = util.open_array(util.array_path(data.directory, "train", data.size), len(data.train))
     fold = data.train[FOLD].to_numpy()
     found = {
         k: localize.fit_saliency(network, array, np.flatnonzero(fold != k), device, seed=k)
         for k in range(data.facts["n_folds"])
     }
     parts = {str(k): {"weight": s.weight, "bias": s.bias} for k, s in found.items()}
-    models.save_checkpoint(output_dir / "saliency.pt", network, spec, saliency=parts)
+    models.save_checkpoint(path, network, spec, saliency=parts)
     return found
 
 
@@ -84,28 +95,47 @@ def make_sources(data: util.Data, output_dir: Path, args, device: torch.device) 
     networks, saliencies = {}, {}
     if args.source in localize.NETWORK_SOURCES:
         networks = load_networks(args.run, args.source, data, device)
-    util.claim_dir(output_dir, "crop.json", args.overwrite)
+    claim_output(output_dir, data, args, sorted(networks))
     if "saliency" in args.source:
-        path = util.array_path(data.directory, "train", data.size)
-        array = util.open_array(path, len(data.train))
-        saliencies = fit_saliencies(data, array, output_dir, args, device)
+        saliencies = fit_saliencies(data, output_dir, args, device)
     return {
         k: localize.make_source(args.source, networks.get(k), saliencies.get(k), args.shifts)
         for k in (networks or saliencies)
     }
 
 
-def train_maps(sources: dict, array: np.ndarray, fold: np.ndarray, device, views: int):
-    """Maps of the training images and whether they are out of fold: (N, h, w), bool (N,)."""
-    maps, oof = None, np.isin(fold, list(sources))
+def checkpoint_hashes(args: argparse.Namespace, folds: list[int]) -> dict[str, str]:
+    """SHA-256 of the run's checkpoints that crops depend on."""
+    if args.source not in localize.NETWORK_SOURCES:
+        return {}
+    return {f"fold{k}": util.sha256(args.run / f"fold{k}_best.pt") for k in folds}
+
+
+def claim_output(output_dir: Path, data: util.Data, args, folds: list[int]) -> None:
+    """Create the directory of crops, or go on with what a stopped run or other shards began."""
+    keys = ("source", "rule", "num_devs", "views", "shifts", "backbone", "weights", "amp", "limit")
+    settings = {key: getattr(args, key) for key in keys} | {
+        "folds_sha256": util.folds_sha256(data.train),
+        "arrays": data.facts["sha256"],
+        "checkpoints": checkpoint_hashes(args, folds),
+        "boxes": None if args.boxes is None else util.sha256(args.boxes),
+    }
+    util.claim_filling(output_dir, "crop.json", args, settings)
+
+
+def source_groups(
+    split: str, sources: dict, table: pd.DataFrame
+) -> list[tuple[np.ndarray, list, bool]]:
+    """Rows of a table, the sources whose mean map they are cropped by, and whether these saw none
+    of them: a training image gets the source of its fold, a test image all."""
+    every = list(sources.values())
+    if split == "test" or not sources:
+        return [(np.arange(len(table)), every, True)]
+    fold, groups = table[FOLD].to_numpy(), []
     for k in sorted(set(fold)):
-        rows = np.flatnonzero(fold == k)
-        chosen = [sources[k]] if k in sources else list(sources.values())
-        part = localize.attention_maps(chosen, array[rows], device, views, desc=f"fold {k}")
-        if maps is None:
-            maps = np.empty((len(array), *part.shape[1:]), np.float32)
-        maps[rows] = part
-    return maps, oof
+        chosen = [sources[k]] if k in sources else every
+        groups.append((np.flatnonzero(fold == k), chosen, k in sources))
+    return groups
 
 
 # ---------------------------------------------------------------- boxes and crops
@@ -133,36 +163,103 @@ def read_boxes(path: Path, table: pd.DataFrame) -> list[Box]:
     return boxes
 
 
-def write_crops(
-    output_dir: Path, split: str, table: pd.DataFrame, boxes: list[Box], data: util.Data, args
-) -> dict[str, int]:
-    """Write the crops of a table in its order, for "train" also the wide ones; their sizes."""
-    image_dir, size = args.image_dir or Path(data.facts["image_dir"]), data.size
-    index = util.index_images(image_dir)
-    for name in table[ID]:
-        if name not in index:
-            raise InputError(f"{image_dir} has no image named {name!r}; check --image_dir")
-    sizes = {split: size}
-    if split == "train":
-        sizes["train_wide"] = round(WIDE * size)
+class Cropper:
+    """Maps, boxes and crops of one split: {split}_attention.npy and the arrays of `sizes`."""
 
-    def work(row: int) -> None:
-        name, width, height = table[[ID, "width", "height"]].iloc[row]
-        wide = localize.widen(boxes[row], WIDE, (width, height))
-        both = [boxes[row], wide][: len(sizes)]
-        crops = util.read_crops(index[name], both, list(sizes.values()), (width, height))
-        for array, crop in zip(arrays, crops, strict=True):
-            array[row] = crop
+    def __init__(self, split: str, data: util.Data, output_dir: Path, args: argparse.Namespace):
+        self.split, self.args = split, args
+        self.table = data.tables()[split]
+        self.stored = util.Rows(util.array_path(data.directory, split, data.size), len(self.table))
+        self.table = self.table[: args.limit]
+        facts = self.table[[ID, "width", "height"]]
+        self.originals = list(facts.itertuples(index=False, name=None))
+        self.sizes = {split: data.size}
+        if split == "train":
+            self.sizes["train_wide"] = round(WIDE * data.size)
+        self.output_dir, self.maps = output_dir, None
+        self.boxes: list[Box | None] = [None] * len(self.table)
+        if args.source == "boxes":
+            self.boxes = read_boxes(args.boxes, self.table)
+        image_dir = args.image_dir or Path(data.facts["image_dir"])
+        self.index = util.index_images(image_dir)
+        for name in self.table[ID]:
+            if name not in self.index:
+                raise InputError(f"{image_dir} has no image named {name!r}; check --image_dir")
 
-    with ExitStack() as stack:
-        arrays = [
-            stack.enter_context(
-                util.new_array(util.array_path(output_dir, name, side), (len(table), side, side, 3))
-            )
-            for name, side in sizes.items()
+    def open_arrays(self, sources: list, device) -> util.Progress:
+        """Create the arrays, or go on with those of a stopped run."""
+        n = len(self.table)
+        self.crops = [
+            util.PartialArray(util.array_path(self.output_dir, name, side), (n, side, side, 3))
+            for name, side in self.sizes.items()
         ]
-        util.run_threads(work, range(len(table)), args.workers, f"crop {split}")
-    return sizes
+        if sources:
+            one = localize.attention_maps(sources[:1], self.stored[[0]], device)
+            path = self.output_dir / f"{self.split}_attention.npy"
+            self.maps = util.PartialArray(path, (n, *one.shape[1:]), np.float32)
+        self.arrays = self.crops + ([self.maps] if sources else [])
+        return util.Progress(self.output_dir / f"{self.split}_done.npy", self.arrays)
+
+    def find_box(self, row: int, attention: np.ndarray | None) -> Box:
+        """Box of a row: given, or found in its map."""
+        if self.boxes[row] is None:
+            size = self.originals[row][1:]
+            self.boxes[row] = localize.find_box(attention, size, self.args.rule, self.args.num_devs)
+        return self.boxes[row]
+
+    def cut(self, item: tuple[int, np.ndarray | None]) -> None:
+        """Write a row's map and, from one decode of its file, all its crops."""
+        row, attention = item
+        name, *size = self.originals[row]
+        box = self.find_box(row, attention)
+        boxes = [box, localize.widen(box, WIDE, tuple(size))][: len(self.crops)]
+        sides = list(self.sizes.values())
+        for array, crop in zip(
+            self.crops, util.read_crops(self.index[name], boxes, sides, tuple(size)), strict=True
+        ):
+            array.write(row, crop)
+        if self.maps is not None:
+            self.maps.write(row, attention)
+
+    def fill(self, groups: list, device: torch.device) -> None:
+        """Write the rows, or a shard of them, that are not there yet."""
+        args = self.args
+        progress = self.open_arrays(groups[0][1], device)
+        with tqdm(total=len(self.table), desc=f"crop {self.split}", unit="image") as bar:
+            bar.update(len(self.table) - len(progress.todo(np.arange(len(self.table)))))
+            for rows, sources, _ in groups:
+                for chunk in util.chunked(progress.todo(rows), args.shard):
+                    maps = [None] * len(chunk)
+                    if sources:
+                        with models.autocast(device, args.amp):
+                            maps = localize.attention_maps(
+                                sources, self.stored[chunk], device, args.views, args.batch_size
+                            )
+                    items = zip(chunk, maps, strict=True)
+                    util.run_threads(self.cut, items, args.workers, bar)
+                    progress.add(chunk, np.ones((len(chunk), 1)))
+
+    def finish(self, groups: list) -> pd.DataFrame:
+        """Give the arrays their names and write the table of boxes."""
+        maps = None if self.maps is None else self.maps.view()
+        for row in range(len(self.table)):  # those of an earlier call are found again
+            self.find_box(row, None if maps is None else maps[row])
+        for array in self.arrays:
+            array.finish(np.arange(len(self.table)))
+        rows = pd.DataFrame([asdict(box) for box in self.boxes])
+        rows = rows.rename(columns={"reason": "fallback"})
+        rows.insert(0, ID, self.table[ID].to_numpy())
+        oof = np.empty(len(rows), dtype=int)
+        for chosen, _, unseen in groups:
+            oof[chosen] = unseen
+        rows["oof"] = oof
+        rows[list(util.PLACE)] = place_in_wide(self.boxes, self.table)
+        columns = [ID, *CORNERS, "oof", "fallback", "confidence", *util.PLACE]
+        util.write_table(self.output_dir / f"{self.split}_boxes.csv", rows[columns])
+        short = self.table[["width", "height"]].min(axis=1).to_numpy()
+        finer = np.median(short / [box.side for box in self.boxes])
+        whole = sum(box.reason != "" for box in self.boxes)
+        print(f"{self.split}: {len(rows)} crops, median {finer:.2f}x finer, {whole} whole squares")
 
 
 def place_in_wide(boxes: list[Box], table: pd.DataFrame) -> np.ndarray:
@@ -175,8 +272,11 @@ def place_in_wide(boxes: list[Box], table: pd.DataFrame) -> np.ndarray:
     return np.array(places)
 
 
-def plot_montage(path: Path, data: util.Data, crop_dir: Path, table, boxes, maps) -> None:
-    """Picture of the first images of both classes: box, attention and crop."""
+def plot_montage(path: Path, data: util.Data, crop_dir: Path, cropper: Cropper) -> None:
+    """Picture of the first training images of both classes: box, attention and crop."""
+    table, boxes, maps = cropper.table, cropper.boxes, None
+    if cropper.maps is not None:
+        maps = util.open_maps(cropper.maps.path, len(table))
     whole = util.open_array(util.array_path(data.directory, "train", data.size), len(data.train))
     crops = util.open_array(util.array_path(crop_dir, "train", data.size), len(table))
     by_class = [np.flatnonzero(table[TARGET] == label)[: MONTAGE_ROWS // 2] for label in (1, 0)]
@@ -197,43 +297,6 @@ def plot_montage(path: Path, data: util.Data, crop_dir: Path, table, boxes, maps
     util.save_figure(path, figure)
 
 
-def crop_split(split: str, sources: dict, data: util.Data, output_dir: Path, args, device) -> dict:
-    """Write the maps, boxes and crops of one split; returns the sizes of its arrays."""
-    table = data.tables()[split]
-    array = util.open_array(util.array_path(data.directory, split, data.size), len(table))
-    array, table = array[: args.limit], table[: args.limit]
-    maps, oof = None, np.ones(len(table), dtype=bool)  # no network saw a test image
-    if args.source == "boxes":
-        boxes = read_boxes(args.boxes, table)
-    else:
-        if split == "train":
-            maps, oof = train_maps(sources, array, table[FOLD].to_numpy(), device, args.views)
-        else:
-            maps = localize.attention_maps(list(sources.values()), array, device, args.views)
-        sizes = table[["width", "height"]].itertuples(index=False, name=None)
-        boxes = [
-            localize.find_box(attention, size, args.rule, args.num_devs)
-            for attention, size in zip(maps, sizes, strict=True)
-        ]
-        with util.atomic(output_dir / f"{split}_attention.npy") as temporary:
-            with open(temporary, "wb") as file:
-                np.save(file, maps, allow_pickle=False)
-    rows = pd.DataFrame([asdict(box) for box in boxes]).rename(columns={"reason": "fallback"})
-    rows.insert(0, ID, table[ID].to_numpy())
-    rows["oof"] = oof.astype(int)
-    rows[list(util.PLACE)] = place_in_wide(boxes, table)
-    columns = [ID, *CORNERS, "oof", "fallback", "confidence", *util.PLACE]
-    util.write_table(output_dir / f"{split}_boxes.csv", rows[columns])
-    written = write_crops(output_dir, split, table, boxes, data, args)
-    if split == "train":
-        plot_montage(output_dir / "montage.png", data, output_dir, table, boxes, maps)
-    short = table[["width", "height"]].min(axis=1).to_numpy()
-    finer = np.median(short / [box.side for box in boxes])
-    whole = sum(box.reason != "" for box in boxes)
-    print(f"{split}: {len(table)} crops, median {finer:.2f}x finer, {whole} whole squares")
-    return written
-
-
 def default_name(args: argparse.Namespace) -> str:
     """Name of the crops' directory: what they were cut by."""
     if args.source == "boxes":
@@ -248,29 +311,39 @@ def main(args: argparse.Namespace) -> Path:
     if (args.source == "boxes") != (args.boxes is not None):
         raise InputError("--source boxes and --boxes FILE go together; pass both or neither")
     device = models.pick_device(args.device)
+    args.batch_size = args.batch_size or (16 if device.type == "cpu" else 256)
     data = util.read_data(args.data_dir)
     output_dir = (args.output_dir or data.directory / "crops") / default_name(args)
+    croppers = [Cropper(split, data, output_dir, args) for split in data.tables()]
     sources = make_sources(data, output_dir, args, device)
-    arrays = {}
-    for split in data.tables():
-        arrays |= crop_split(split, sources, data, output_dir, args, device)
-    paths = [util.array_path(output_dir, name, size) for name, size in arrays.items()]
-    checkpoints = {}
-    if args.source in localize.NETWORK_SOURCES:
-        checkpoints = {f"fold{k}": util.sha256(args.run / f"fold{k}_best.pt") for k in sources}
+    groups = [source_groups(c.split, sources, c.table) for c in croppers]
+    for cropper, its_groups in zip(croppers, groups, strict=True):
+        cropper.fill(its_groups, device)
+    if args.shard:
+        print("wrote shard {} of {}; when all are written, run without --shard".format(*args.shard))
+        return output_dir
+    sizes = {}
+    for cropper, its_groups in zip(croppers, groups, strict=True):
+        cropper.finish(its_groups)
+        sizes |= cropper.sizes
+    plot_montage(output_dir / "montage.png", data, output_dir, croppers[0])
+    if "saliency" in args.source:
+        path = output_dir / "saliency.pt"
+        os.replace(util.part_of(path), path)
+    paths = [util.array_path(output_dir, name, size) for name, size in sizes.items()]
     facts = {
         key: getattr(args, key)
-        for key in ("source", "run", "boxes", "rule", "num_devs", "views", "shifts")
+        for key in ("source", "run", "boxes", "rule", "num_devs", "views", "shifts", "amp")
     }
     facts |= {
         "folds": sorted(sources),
         "folds_sha256": util.folds_sha256(data.train),
-        "wide_size": arrays["train_wide"],
+        "wide_size": sizes["train_wide"],
         "sha256": {path.name: util.sha256(path) for path in paths},
-        "checkpoints": checkpoints,
+        "checkpoints": checkpoint_hashes(args, sorted(sources)),
         **util.provenance(),
     }
-    util.write_json(output_dir / "crop.json", facts)
+    util.finish_filling(output_dir, "crop.json", facts)
     print(f"wrote {output_dir}")
     return output_dir
 
@@ -297,6 +370,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shifts", type=int, choices=(1, 2), default=2,
                         help="2: chips also shifted by half, for a map twice as fine")  # fmt: skip
     parser.add_argument("--limit", type=count, help="crop the first images: a dry run")
+    parser.add_argument("--shard", type=util.shard, metavar="I/N", help="write every N-th image, "
+                        "from I: one of N calls that share the work")  # fmt: skip
+    parser.add_argument("--batch_size", type=count, help="images that networks see at a time "
+                        "[16; 256 on a GPU]")  # fmt: skip
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off",
+                        help="precision of the maps")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--workers", type=count, default=os.cpu_count(), help="threads")
     parser.add_argument("--overwrite", action="store_true", help="replace finished crops")

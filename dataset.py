@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from util import open_array, open_maps
+from util import Rows, open_maps
 
 META_COLUMNS = ("sex", "age_approx", "anatom_site_general_challenge")
 MISSING, UNKNOWN = "missing", "unknown"
@@ -76,22 +76,22 @@ class MetaEncoder:
 class DrawHair(A.ImageOnlyTransform):
     """Thin dark curves over a square uint8 image, so that networks learn to look past hair.
 
-    Overlays (alpha only) are drawn once into a bank and varied by the symmetries of the square,
-    which is some twenty times cheaper than drawing each time.
+    Overlays are drawn once into a bank, as lists of the few pixels they touch, and varied by the
+    symmetries of the square: some two hundred times cheaper than drawing each time.
     """
 
     def __init__(self, size: int, max_hairs: int = 30, bank_size: int = 64, p: float = 0.5):
         super().__init__(p=p)
         self.size, self.max_hairs, self.bank_size = size, max_hairs, bank_size
-        self._bank: np.ndarray | None = None
+        self._bank: list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
     @property
-    def bank(self) -> np.ndarray:
-        """Opacity of every overlay: uint8 (bank_size, size, size)."""
+    def bank(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Row, column and opacity (0..1) of the pixels of every overlay."""
         if self._bank is None:
             rng = np.random.default_rng(0)
             overlays = [self._draw(rng) for _ in range(self.bank_size)]
-            self._bank = np.stack(overlays)
+            self._bank = [(*o.nonzero(), o[o > 0, None] / np.float32(255)) for o in overlays]
         return self._bank
 
     def __getstate__(self) -> dict:
@@ -122,9 +122,14 @@ class DrawHair(A.ImageOnlyTransform):
 
     def apply(self, img: np.ndarray, overlay: int, symmetry: int, color: list, **_) -> np.ndarray:
         """Blend one overlay into a uint8 (size, size, 3) image."""
-        alpha = np.rot90(self.bank[overlay], symmetry % 4)
-        alpha = (alpha.T if symmetry >= 4 else alpha)[..., None] / np.float32(255)
-        return np.rint(img + alpha * (np.array(color, np.float32) - img)).astype(np.uint8)
+        y, x, alpha = self.bank[overlay]
+        for _turn in range(symmetry % 4):
+            y, x = self.size - 1 - x, y
+        if symmetry >= 4:
+            y, x = x, y
+        under, hairy = img[y, x], img.copy()
+        hairy[y, x] = np.rint(under + alpha * (np.array(color, np.float32) - under))
+        return hairy
 
 
 def train_transform(size: int, shift: int = 0) -> A.Compose:
@@ -157,20 +162,14 @@ def eval_transform() -> A.Compose:
 
 
 class Stored:
-    """Images of an array, by row. Pickles small: the array is opened by the process that reads."""
+    """Images of an array, by row."""
 
     def __init__(self, path, n_rows: int):
-        self.path, self.n_rows = path, n_rows
-        self._array: np.ndarray | None = None
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_array": None}
+        self.images = Rows(path, n_rows)
 
     def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
         """Image of a row: uint8 (S, S, 3)."""
-        if self._array is None:
-            self._array = open_array(self.path, self.n_rows)
-        return np.array(self._array[row])
+        return self.images[row]
 
 
 class Jittered:
@@ -262,59 +261,57 @@ class ImageDataset(Dataset):
         return *item, torch.from_numpy(self.guide.shrink(done[0]["mask"]))
 
 
-def seed_worker(worker_id: int) -> None:
-    """Give a loader worker random numbers of its own, new in every epoch.
-
-    albumentations keeps its generator inside the transform; forked workers would otherwise all
-    start from the same copy of it, in every epoch anew.
-    """
+def one_thread(worker_id: int) -> None:
+    """Keep OpenCV in a loader worker from starting threads of its own."""
     cv2.setNumThreads(0)
-    info = get_worker_info()
-    info.dataset.transform.set_random_seed(info.seed % 2**32)
 
 
-class BalancedSampler(Sampler):
-    """Every row of the larger class once and as many draws from the smaller one, shuffled."""
+class Epoch(Dataset):
+    """The draws of one training epoch: at position p the image order[p], augmented by (seed, p).
 
-    def __init__(self, target: np.ndarray, seed: int):
-        self.target, self.seed = np.asarray(target), seed
-        counts = np.bincount(self.target.astype(int), minlength=2)
-        if counts.min() == 0:
-            raise ValueError("a balanced sampler needs rows of both classes")
-        self.largest = int(counts.max())
+    So neither the number of workers nor that of processes changes what a network sees.
+    """
+
+    def __init__(self, images: ImageDataset, order: np.ndarray, seed: int):
+        self.images, self.order, self.seed = images, order, seed
 
     def __len__(self) -> int:
-        return 2 * self.largest
+        return len(self.order)
 
-    def __iter__(self):
-        rng = np.random.default_rng(self.seed)
-        parts = []
-        for label in (0, 1):
-            rows = np.flatnonzero(self.target == label)
-            extra = rng.choice(rows, self.largest - len(rows))  # none for the larger class
-            parts += [rows, extra]
-        return iter(rng.permutation(np.concatenate(parts)).tolist())
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, ...]:
+        own_seed = np.random.SeedSequence([self.seed, position]).generate_state(1)[0]
+        self.images.transform.set_random_seed(int(own_seed))
+        return self.images[self.order[position]]
+
+
+def draw_order(target: np.ndarray, sampler: str, seed: int) -> np.ndarray:
+    """Items of an epoch, shuffled: "shuffle" takes each once, "balanced" each of the larger class
+    once and as many draws from the smaller one."""
+    rng, items = np.random.default_rng(seed), np.arange(len(target))
+    if sampler == "balanced":
+        by_class = [np.flatnonzero(np.asarray(target) == label) for label in (0, 1)]
+        counts = [len(rows) for rows in by_class]
+        if min(counts) == 0:
+            raise ValueError("a balanced sampler needs rows of both classes")
+        extra = [rng.choice(rows, max(counts) - len(rows)) for rows in by_class]
+        items = np.concatenate([*by_class, *extra])
+    return rng.permutation(items)
 
 
 def train_loader(
-    dataset: ImageDataset, batch_size: int, sampler: str, workers: int, seed: int
+    images: ImageDataset, batch_size: int, sampler: str, workers: int, seed: int
 ) -> DataLoader:
     """Loader of one training epoch; `seed` fixes its order and augmentation."""
-    dataset.transform.set_random_seed(seed % 2**32)  # where no worker is used
-    generator = torch.Generator().manual_seed(seed)
+    epoch = Epoch(images, draw_order(images.target, sampler, seed), seed)
+    return make_loader(epoch, batch_size, workers)
+
+
+def make_loader(images: Dataset, batch_size: int, workers: int) -> DataLoader:
+    """Loader in the order of a dataset."""
     return DataLoader(
-        dataset,
+        images,
         batch_size=batch_size,
-        sampler=BalancedSampler(dataset.target, seed) if sampler == "balanced" else None,
-        shuffle=sampler == "shuffle",
         num_workers=workers,
-        worker_init_fn=seed_worker,
-        generator=generator,
-    )
-
-
-def eval_loader(dataset: ImageDataset, batch_size: int, workers: int) -> DataLoader:
-    """Loader in table order."""
-    return DataLoader(
-        dataset, batch_size=batch_size, num_workers=workers, worker_init_fn=seed_worker
+        worker_init_fn=one_thread,
+        pin_memory=torch.cuda.is_available(),
     )

@@ -75,12 +75,15 @@ class Box:
 # ---------------------------------------------------------------- maps
 @torch.no_grad()
 def attention_maps(
-    sources: list, array: np.ndarray, device, views: int = 1, batch_size: int = 64, desc: str = ""
+    sources: list,
+    array: np.ndarray,
+    device: torch.device | str,
+    views: int = 1,
+    batch_size: int = 16,
 ) -> np.ndarray:
     """Mean attention of several sources: array (N, S, S, 3) uint8 -> float32 (N, h, w)."""
     maps = []
-    starts = range(0, len(array), batch_size)
-    for start in tqdm(starts, desc=desc or "attention", unit="batch", leave=False):
+    for start in range(0, len(array), batch_size):
         image = torch.from_numpy(np.array(array[start : start + batch_size]))
         image = image.permute(0, 3, 1, 2).to(device)
         each = [source.attention(image, views) for source in sources]
@@ -185,7 +188,8 @@ class Saliency:
         border = torch.ones(grid, grid, dtype=torch.bool, device=x.device)
         border[BORDER:-BORDER, BORDER:-BORDER] = False
         contrast = x - x[:, :, border].median(dim=2).values[:, :, None, None]
-        distance = background_distance(color, border).log1p()
+        with torch.autocast(image.device.type, enabled=False):  # differences of small numbers
+            distance = background_distance(color, border).log1p()
         return torch.cat([x, contrast, distance.unsqueeze(1)], dim=1)
 
     def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:

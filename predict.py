@@ -14,7 +14,6 @@ box rule their crops were made with, and the metadata encoder of each network.
 import argparse
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,10 +106,12 @@ class Localizer:
                 localize.find_box(attention, original, facts["rule"], facts["num_devs"])
                 for attention, original in zip(maps, images.sizes, strict=True)
             ]
-            crops = [
-                util.read_crops(path, [box], [size], original)[0]
-                for path, box, original in zip(images.paths, boxes, images.sizes, strict=True)
-            ]
+            items = zip(images.paths, boxes, images.sizes, strict=True)
+            crops = util.run_threads(
+                lambda item: util.read_crops(item[0], [item[1]], [size], item[2])[0],
+                items,
+                os.cpu_count() or 1,
+            )
             images.looks[self.key] = Look(maps, boxes, np.stack(crops))
         return images.looks[self.key]
 
@@ -252,19 +253,19 @@ def read_chunks(
             return None
 
     names = list(paths)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(names), CHUNK):
-            chunk = names[start : start + CHUNK]
-            squares = dict(zip(chunk, pool.map(read, [paths[n] for n in chunk]), strict=True))
-            good = [name for name in chunk if squares[name] is not None]
-            if not good:
-                continue
-            table = pd.DataFrame({ID: good})
-            if meta is not None:
-                table = table.merge(meta, on=ID, how="left", validate="one_to_one")
-            array = np.stack([squares[name][0] for name in good])
-            sizes = [squares[name][1] for name in good]
-            yield Images(table, [paths[name] for name in good], array, sizes)
+    for start in range(0, len(names), CHUNK):
+        chunk = names[start : start + CHUNK]
+        found = util.run_threads(read, [paths[name] for name in chunk], os.cpu_count() or 1)
+        squares = dict(zip(chunk, found, strict=True))
+        good = [name for name in chunk if squares[name] is not None]
+        if not good:
+            continue
+        table = pd.DataFrame({ID: good})
+        if meta is not None:
+            table = table.merge(meta, on=ID, how="left", validate="one_to_one")
+        array = np.stack([squares[name][0] for name in good])
+        sizes = [squares[name][1] for name in good]
+        yield Images(table, [paths[name] for name in good], array, sizes)
 
 
 def draw(path: Path, images: Images, row: int, look: Look | None, prob: float) -> None:

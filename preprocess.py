@@ -7,10 +7,13 @@ Writes  --output_dir: {train,test}_224.npy, train.csv (with fold), test.csv, pre
     python preprocess.py --train_csv my/labels.csv --image_col file --group_col patient
 
 The array holds the centre square of every image, resized; the original's width and height go
-into the table, so that boxes found later can be cut from the original file.
+into the table, so that boxes found later can be cut from the original file. A stopped run goes on
+where it was when called again. N machines share the work as --shard 0/N, 1/N, ... in any order;
+a call without --shard then finishes.
 """
 
 import argparse
+import hashlib
 import os
 from pathlib import Path
 
@@ -47,36 +50,47 @@ def locate(table: pd.DataFrame, index: dict[str, Path], image_dir: Path, skip: b
     return paths
 
 
-def write_images(
+def fill_array(
     table: pd.DataFrame, paths: list, array_path: Path, args: argparse.Namespace
-) -> pd.DataFrame:
-    """Write the array of a table's images; returns its rows with width and height added.
+) -> tuple[util.PartialArray, np.ndarray]:
+    """Write the images of a table, or a shard of them, that are not there yet.
 
-    Rows whose image is missing or broken are dropped with --on_error skip.
+    Returns the array and the originals' width and height (N, 2), 0 where there is no image yet or
+    its file is missing or broken (with --on_error skip).
     """
-    shape = (args.size, args.size, 3)
-    sizes: list = [None] * len(table)
+    array = util.PartialArray(array_path, (len(table), args.size, args.size, 3))
+    record = array_path.with_name(f"{array_path.stem}_sizes.npy")
+    progress = util.Progress(record, [array], facts=2)
 
-    def work(row: int) -> None:
+    def work(row: int) -> tuple[int, int]:
         try:
-            array[row], sizes[row] = util.read_square(paths[row], args.size, args.exact)
+            square, size = util.read_square(paths[row], args.size, args.exact)
         except InputError as error:
             if args.on_error == "fail":
                 raise InputError(f"{error}; repair it or pass --on_error skip") from None
             tqdm.write(f"skipped {table[ID].iloc[row]}: {error}")
+            return 0, 0
+        array.write(row, square)
+        return size
 
-    found = [row for row, path in enumerate(paths) if path is not None]
-    with util.new_array(array_path, (len(table), *shape)) as array:
-        util.run_threads(work, found, args.workers, array_path.name)
-    kept = [row for row, size in enumerate(sizes) if size is not None]
-    if not kept:
-        raise InputError(f"none of the {len(table)} images of {array_path.stem} could be read")
-    if len(kept) < len(table):
-        whole = util.open_array(array_path, len(table))
-        with util.new_array(array_path, (len(kept), *shape)) as packed:
-            for new, old in enumerate(kept):
-                packed[new] = whole[old]
-    widths, heights = zip(*(sizes[row] for row in kept), strict=True)
+    found = np.array([row for row, path in enumerate(paths) if path is not None], dtype=int)
+    with tqdm(total=len(found), desc=array_path.name, unit="image") as bar:
+        bar.update(len(found) - len(progress.todo(found)))
+        for rows in util.chunked(progress.todo(found), args.shard):
+            progress.add(rows, np.array(util.run_threads(work, rows, args.workers, bar)))
+    return array, progress.facts
+
+
+def finish_array(
+    table: pd.DataFrame, array: util.PartialArray, sizes: np.ndarray
+) -> pd.DataFrame:
+    """Give a filled array its name, without the rows that have no image; returns the rows kept,
+    with width and height."""
+    kept = np.flatnonzero(sizes[:, 0])
+    if not len(kept):
+        raise InputError(f"none of the {len(table)} images of {array.path.stem} could be read")
+    array.finish(kept)
+    widths, heights = sizes[kept].T
     return table.iloc[kept].reset_index(drop=True).assign(width=widths, height=heights)
 
 
@@ -161,6 +175,15 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, pd.DataFrame], dict
     return tables, inputs
 
 
+def claim_output(paths: dict[str, list], args: argparse.Namespace) -> Path:
+    """Create the output directory, or go on with what a stopped run or other shards began."""
+    settings = {"size": args.size, "exact": args.exact}
+    for split, found in paths.items():
+        listing = hashlib.sha256("\n".join(map(str, found)).encode())
+        settings[f"{split} images"] = f"{len(found)} of sha256 {listing.hexdigest()}"
+    return util.claim_filling(args.output_dir, "preprocess.json", args, settings)
+
+
 def main(args: argparse.Namespace) -> Path:
     """Write the arrays and tables; returns their directory."""
     tables, inputs = read_inputs(args)
@@ -171,10 +194,16 @@ def main(args: argparse.Namespace) -> Path:
         for split in ("train", "test")
         if split in tables
     }
-    output_dir = util.claim_dir(args.output_dir, "preprocess.json", args.overwrite)
+    output_dir = claim_output(paths, args)
     arrays = {split: util.array_path(output_dir, split, args.size) for split in paths}
-    for split, array_path in arrays.items():
-        tables[split] = write_images(tables[split], paths[split], array_path, args)
+    filled = {
+        split: fill_array(tables[split], paths[split], arrays[split], args) for split in paths
+    }
+    if args.shard:
+        print("wrote shard {} of {}; when all are written, run without --shard".format(*args.shard))
+        return output_dir
+    for split, (array, sizes) in filled.items():
+        tables[split] = finish_array(tables[split], array, sizes)
     if "sample_submission" in tables:
         read = tables["sample_submission"][ID].isin(tables["test"][ID])
         tables["sample_submission"] = tables["sample_submission"][read]
@@ -196,7 +225,7 @@ def main(args: argparse.Namespace) -> Path:
         "sha256": {path.name: util.sha256(path) for path in written},
         **util.provenance(),
     }
-    util.write_json(output_dir / "preprocess.json", facts)
+    util.finish_filling(output_dir, "preprocess.json", facts)
     for k, rows in tables["train"].groupby(FOLD):
         print(f"fold {k}: {len(rows)} images, {rows[TARGET].sum()} positive")
     print(f"wrote {output_dir}")
@@ -222,6 +251,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     out.add_argument("--seed", type=util.number(int, 0), default=0, help="seed of the folds")
     out.add_argument("--workers", type=count, default=os.cpu_count(), help="threads")
     out.add_argument("--exact", action="store_true", help="decode every JPEG in full")
+    out.add_argument("--shard", type=util.shard, metavar="I/N", help="write every N-th image, from "
+                     "I: one of N calls that share the work")  # fmt: skip
     out.add_argument("--overwrite", action="store_true", help="replace a finished --output_dir")
     return parser
 

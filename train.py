@@ -376,7 +376,7 @@ def record_gates(run_dir: Path, fold: int, trainer: "Trainer", valid: ImageDatas
     settings, model = trainer.settings, trainer.model
     chosen = pick_rows(valid.target, np.arange(len(valid)), PRUNE_ROWS)
     some = Subset(valid, chosen.tolist())
-    loader = dataset.eval_loader(some, settings.batch_size, workers=0)
+    loader = dataset.make_loader(some, settings.batch_size, workers=0)
     predict = partial(models.predict, loader=loader, device=trainer.device, amp=settings.amp)
     curve = prune_curve(predict, model, valid.target[chosen])
     table = pd.DataFrame(curve, columns=["ranking", "share", "auc"])
@@ -512,23 +512,23 @@ class Trainer:
 def fit(trainer: Trainer, k: int, images: dict[str, ImageDataset], run_dir: Path, extra: dict):
     """Train fold k until it is finished; its best epoch is in fold{k}_best.pt."""
     settings, progress, valid = trainer.settings, trainer.progress, images["valid"]
-    valid_loader = dataset.eval_loader(valid, settings.batch_size, settings.workers)
+    valid_loader = dataset.make_loader(valid, settings.batch_size, settings.workers)
     while not trainer.finished:
         epoch, start = progress["epoch"] + 1, time.monotonic()
         seed = epoch_seed(settings.seed, k, epoch)
         torch.manual_seed(seed)
         lr = trainer.set_lr(epoch)
-        make_loader = partial(
+        train_loader = partial(
             dataset.train_loader,
             batch_size=settings.batch_size,
             sampler=settings.sampler,
             workers=settings.workers,
             seed=seed,
         )
-        loader = make_loader(images["train"])
-        gate_loader = make_loader(images["gates"]) if "gates" in images else None
+        loader = train_loader(images["train"])
+        gate_loader = train_loader(images["gates"]) if "gates" in images else None
         train_loss = trainer.train_epoch(loader, f"fold {k} epoch {epoch}", gate_loader)
-        rate = len(loader.sampler) / (time.monotonic() - start)
+        rate = len(loader.dataset) / (time.monotonic() - start)
         prob = trainer.predict(valid_loader)
         auc = util.weighted_auc(valid.target, prob)
         seconds = time.monotonic() - start
@@ -612,7 +612,7 @@ def run_fold(
     trainer.model = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)[0]
     tables = {}
     for part in images.keys() - {"train", "gates"}:
-        loader = dataset.eval_loader(images[part], settings.batch_size, settings.workers)
+        loader = dataset.make_loader(images[part], settings.batch_size, settings.workers)
         prob, rows = trainer.predict(loader, settings.tta), images[part].rows
         ids = (data.test if part == "test" else data.train)[ID].to_numpy()[rows]
         tables[part] = pd.DataFrame({ID: ids, FOLD: k, PROB: prob})

@@ -5,12 +5,16 @@ is imported at the top (no torch, no scikit-learn), so that `--help` and preproc
 """
 
 import argparse
+import errno
 import hashlib
+import io
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +30,7 @@ PLACE = ("place_x", "place_y", "place_side")  # of a box in its wide crop, in fr
 BOX_SIDE = "box_side"  # of the box over the short side of its image: 1 is the whole square
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 BOOTSTRAP_SAMPLES = 1000
+CHUNK = 256  # rows between two records of progress: what a kill may cost
 RANK_MODES = ("rank", "weights", "zoom")  # blends of ranks
 MIN_TPR = 0.8  # the ISIC 2024 score: area under the ROC curve above this sensitivity
 
@@ -78,21 +83,68 @@ def run_script(main: Callable, parser: argparse.ArgumentParser, *expected: type[
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
 
 
+def shard(text: str) -> tuple[int, int]:
+    """An argparse type: i/n, the part i (from 0) of n parts."""
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text} is not i/n with i from 0 to n - 1")
+    return int(part), int(parts)
+
+
 def claim_dir(path: Path, marker: str, overwrite: bool) -> Path:
     """Create a directory to write to; refuse one that already holds its `marker` file."""
-    if (path / marker).exists():
-        if not overwrite:
-            raise InputError(f"{path} is already finished; pass --overwrite to replace it")
-        (path / marker).unlink()
+    if (path / marker).exists() and not overwrite:
+        raise InputError(f"{path} is already finished; pass --overwrite to replace it")
+    (path / marker).unlink(missing_ok=True)
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def claim_filling(path: Path, marker: str, args: argparse.Namespace, settings: dict) -> Path:
+    """claim_dir for a directory of PartialArrays: goes on with one that was left unfinished.
+
+    settings: all that its rows depend on, as plain JSON. Raises InputError where the unfinished
+    work had others.
+    """
+    if args.overwrite and args.shard:
+        raise InputError("--overwrite would drop what other shards wrote; remove the directory")
+    claim_dir(path, marker, args.overwrite)
+    if args.overwrite:
+        drop_parts(path)
+    started = part_of(path / marker)
+    if not started.exists():
+        write_json(started, settings)
+    for key, value in read_json(started, settings).items():
+        if value != settings[key]:
+            raise InputError(
+                f"{path} is unfinished and was begun with {key} = {value}, not {settings[key]}; "
+                "pass --overwrite to start anew"
+            )
+    return path
+
+
+def finish_filling(path: Path, marker: str, facts: dict) -> None:
+    """Write the marker of a finished directory, and drop the records of its progress."""
+    write_json(path / marker, facts)
+    drop_parts(path)
+
+
+def part_of(path: Path) -> Path:
+    """Where a file lies until it is finished."""
+    return path.with_name(path.name + ".part")
+
+
+def drop_parts(path: Path) -> None:
+    """Remove what belongs to unfinished work."""
+    for part in path.glob("*.part"):
+        part.unlink()
 
 
 # ---------------------------------------------------------------- files that are whole or absent
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the place of `path` only on success."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")  # shards write the same
     try:
         yield temporary
         os.replace(temporary, path)
@@ -137,16 +189,22 @@ def read_json(path: Path, keys: Iterable[str] = ()) -> dict:
     return content
 
 
-def run_threads(work: Callable, items: Sequence, workers: int, name: str) -> None:
-    """Call work(item) for all items in threads, with a bar; bad input stops those not begun."""
-    from tqdm import tqdm
+def run_threads(work: Callable, items: Iterable, workers: int, bar=None) -> list:
+    """Results of work(item) for all items, in threads; an error stops those not begun.
 
+    bar: a tqdm bar to move on by every item.
+    """
+    results = []
     with ThreadPoolExecutor(workers) as pool:
         try:
-            list(tqdm(pool.map(work, items), total=len(items), desc=name, unit="image"))
-        except InputError:
+            for result in pool.map(work, items):
+                results.append(result)
+                if bar is not None:
+                    bar.update()
+        except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    return results
 
 
 def provenance() -> dict:
@@ -295,16 +353,105 @@ def array_path(directory: Path, split: str, size: int) -> Path:
     return directory / f"{split}_{size}.npy"
 
 
-@contextmanager
-def new_array(path: Path, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Yield a writable uint8 memory map that becomes `path` when the block ends well."""
-    with atomic(path) as temporary:
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        with open(temporary, "r+b") as file:
-            # a full disk must raise here: writing to an unbacked page would kill the process
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
-        yield array
-        array.flush()
+class PartialArray:
+    """An array on disk that is filled row by row; it lies at PATH.part until finish().
+
+    A stopped run finds its rows again, and several processes may write different rows at once.
+    Rows are plain file writes, no memory map: memory stays flat, and a full disk is an error
+    where a map would kill the process.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype=np.uint8):
+        self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
+        header = io.BytesIO()
+        kind = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(header, kind)
+        self.offset = len(header.getvalue())
+        self.row_bytes = self.dtype.itemsize * math.prod(shape[1:])
+        size = self.offset + shape[0] * self.row_bytes
+        if path.exists() and not part_of(path).exists():
+            os.replace(path, part_of(path))  # a run stopped between this array and the next
+        self._file = os.fdopen(os.open(part_of(path), os.O_RDWR | os.O_CREAT, 0o666), "r+b", 0)
+        self.begun = os.fstat(self._file.fileno()).st_size == size
+        if not self.begun:
+            free = shutil.disk_usage(path.parent).free
+            if free < size:
+                raise InputError(
+                    f"{path} needs {size / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free; "
+                    "make room or pass another --output_dir"
+                )
+            os.truncate(self._file.fileno(), size)
+            os.pwrite(self._file.fileno(), header.getvalue(), 0)
+
+    def write(self, row: int, values: np.ndarray) -> None:
+        """Write a row; safe from several threads and processes."""
+        values = np.ascontiguousarray(values, self.dtype)
+        if values.shape != self.shape[1:]:
+            raise ValueError(f"a row of {self.path} is {self.shape[1:]}, not {values.shape}")
+        start = self.offset + int(row) * self.row_bytes
+        if os.pwrite(self._file.fileno(), values, start) != self.row_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def sync(self) -> None:
+        """Return when all rows written are on the disk."""
+        os.fsync(self._file.fileno())
+
+    def view(self) -> np.ndarray:
+        """The rows so far, as a memory map."""
+        return np.load(part_of(self.path), mmap_mode="r", allow_pickle=False)
+
+    def finish(self, rows: np.ndarray) -> None:
+        """Give the array its name; where `rows` are not all of it, to a copy of these."""
+        self.sync()
+        if len(rows) == self.shape[0]:
+            os.replace(part_of(self.path), self.path)
+            return
+        view = self.view()
+        with atomic(self.path) as temporary, open(temporary, "wb") as file:
+            kind = {"descr": self.dtype.str, "fortran_order": False}
+            kind["shape"] = (len(rows), *self.shape[1:])
+            np.lib.format.write_array_header_1_0(file, kind)
+            for row in rows:
+                file.write(view[row])
+
+
+class Progress:
+    """Which rows of PartialArrays are done, and `facts` positive integers about each of them.
+
+    A row counts as done once its arrays are on the disk, so that nothing is missing after a
+    crash of the machine either.
+    """
+
+    def __init__(self, path: Path, arrays: list[PartialArray], facts: int = 1):
+        self.arrays = arrays
+        self._record = PartialArray(path, (arrays[0].shape[0], facts), np.int32)
+        if self._record.begun and not all(array.begun for array in arrays):
+            for row in range(self._record.shape[0]):  # someone removed an array
+                self._record.write(row, np.zeros(facts))
+
+    @property
+    def facts(self) -> np.ndarray:
+        """Facts of every row (N, facts); 0 where it is not done."""
+        return np.array(self._record.view())
+
+    def todo(self, rows: np.ndarray) -> np.ndarray:
+        """Those of some rows that are not done."""
+        return rows[self.facts[rows, 0] == 0]
+
+    def add(self, rows: np.ndarray, facts: np.ndarray) -> None:
+        """Record rows as done, with facts (len(rows), facts) about them."""
+        for array in self.arrays:
+            array.sync()
+        for row, values in zip(rows, facts, strict=True):
+            self._record.write(row, values)
+        self._record.sync()
+
+
+def chunked(rows: np.ndarray, part: tuple[int, int] | None) -> Iterator[np.ndarray]:
+    """Rows CHUNK at a time; of a shard (i, n) every n-th, from i."""
+    own = rows if part is None else rows[part[0] :: part[1]]
+    for start in range(0, len(own), CHUNK):
+        yield own[start : start + CHUNK]
 
 
 def map_array(path: Path, stage: str = "the stage that writes it") -> np.ndarray:
@@ -328,6 +475,37 @@ def open_array(path: Path, rows: int) -> np.ndarray:
     if len(array) != rows:
         raise InputError(f"{path} has {len(array)} images but its table has {rows} rows")
     return array
+
+
+class Rows:
+    """Images of an array on disk, read as they are asked for: uint8 (n_rows, S, S, 3).
+
+    Plain reads, because what is touched of a memory map counts as this process's memory, in the
+    end the whole array. Pickles small: the file is opened by the process that reads.
+    """
+
+    def __init__(self, path: Path, n_rows: int):
+        self.path, self.n_rows = path, n_rows
+        self._file = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_file": None}
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __getitem__(self, rows: int | np.ndarray) -> np.ndarray:
+        """Images of some rows, or of one: uint8 (len(rows), S, S, 3) or (S, S, 3)."""
+        if self._file is None:
+            array = open_array(self.path, self.n_rows)
+            self._shape, self._offset = array.shape[1:], array.offset
+            self._file = open(self.path, "rb", buffering=0)
+        images = np.empty((np.size(rows), *self._shape), np.uint8)
+        for image, row in zip(images, np.ravel(rows), strict=True):
+            start = self._offset + int(row) * image.nbytes
+            if os.preadv(self._file.fileno(), [image], start) != image.nbytes:
+                raise InputError(f"{self.path} ends before row {row}; write it again")
+        return images[0] if np.ndim(rows) == 0 else images
 
 
 def open_maps(path: Path, rows: int) -> np.ndarray:
@@ -354,6 +532,11 @@ def index_images(image_dir: Path) -> dict[str, Path]:
     return index
 
 
+# Pillow would return the memory of every large image to the system and have it zeroed anew for the
+# next: half of the time of a full decode. Blocks are of 16 MB; 24 megapixels take six.
+Image.core.set_blocks_max(8 * (os.cpu_count() or 1))
+
+
 def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
     """Read an image upright and as 8-bit RGB; returns it with the original's (width, height).
 
@@ -368,8 +551,10 @@ def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tu
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            turned = image.getexif().get(0x0112, 1) >= 5  # the orientations that swap the sides
+            orientation = image.getexif().get(0x0112, 1)
+            # an image as it should be is passed on: a copy of a large one costs as much as decoding
+            upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+            turned = orientation >= 5  # the orientations that swap the sides
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except Exception as error:  # Pillow's plugins raise many types on broken files
@@ -379,7 +564,8 @@ def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tu
         upright = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
     elif upright.mode == "F":
         raise InputError(f"{path} holds floating-point pixels; convert it to 8 or 16 bit")
-    return upright.convert("RGB"), (height, width) if turned else (width, height)
+    rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
+    return rgb, (height, width) if turned else (width, height)
 
 
 def resize_box(image: Image.Image, box: tuple[float, float, float, float], size: int) -> np.ndarray:

@@ -277,3 +277,44 @@ def test_crop_refuses_what_it_cannot_use(runs_dir, data_dir, tmp_path, source):
     assert not list((tmp_path / "chipnet").glob("*.npy.tmp"))
     assert not (tmp_path / "chipnet" / "crop.json").exists()
     assert hashes(source) == before
+
+
+@pytest.mark.parametrize("kind", ["attention", "attention*saliency"])
+def test_stopped_and_sharded_crops_are_those_of_one_call(
+    runs_dir, data_dir, tmp_path, monkeypatch, kind
+):
+    def run(name, *more):
+        return call("crop", "--source", kind, "--run", runs_dir / "chipnet", "--data_dir",
+                    data_dir, "--output_dir", tmp_path / name, "--device", "cpu", "--backbone",
+                    "regnet_tiny", "--weights", "none", "--views", 1, *more)  # fmt: skip
+
+    def files(folder):
+        return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".npy", ".csv")}
+
+    monkeypatch.setattr(util, "CHUNK", 5)
+    whole = run("whole")
+    read, seen = util.read_crops, []
+
+    def read_crops(path, *more):
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+        seen.append(path)
+        return read(path, *more)
+
+    monkeypatch.setattr(util, "read_crops", read_crops)
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", "--workers", 1)
+    monkeypatch.setattr(util, "read_crops", read)
+    stopped = tmp_path / "stopped" / whole.name
+    assert not files(stopped)
+    with pytest.raises(InputError, match="begun with views = 1, not 2"):
+        run("stopped", "--views", 2)
+    assert files(run("stopped")) == files(whole)
+    assert not list(stopped.glob("*.part"))
+    for shard in ("1/2", "0/2"):
+        run("shards", "--shard", shard)
+    assert not files(tmp_path / "shards" / whole.name)
+    shards = run("shards")
+    for name in ("train_64.npy", "train_attention.npy", "test_attention.npy"):
+        one, other = (np.load(folder / name).astype(float) for folder in (whole, shards))
+        assert np.abs(one - other).mean() < 1e-4 * one.mean()  # other batches, other rounding

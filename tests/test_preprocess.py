@@ -36,6 +36,51 @@ def test_sources_stay_as_they_are_and_workers_do_not_matter(source, tmp_path):
     assert (one / "train.csv").read_bytes() == (four / "train.csv").read_bytes()
 
 
+def files(folder):
+    """Content of all files but the json, which names the command."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".json"}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(util, "CHUNK", 5)
+
+
+def test_stopped_run_goes_on_where_it_was(source, tmp_path, monkeypatch, small_chunks):
+    whole = run(source, tmp_path / "whole")
+    read, seen = util.read_square, []
+
+    def stop_at(count):
+        def read_square(path, *more):
+            if len(seen) == count:
+                raise KeyboardInterrupt
+            seen.append(path.name)
+            return read(path, *more)
+
+        monkeypatch.setattr(util, "read_square", read_square)
+
+    stop_at(13)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "out", "--workers", 1)
+    assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".part"}
+    with pytest.raises(InputError, match="begun with exact = False, not True"):
+        run(source, tmp_path / "out", "--exact")
+    del seen[:]
+    stop_at(1000)
+    run(source, tmp_path / "out", "--workers", 1)
+    assert len(seen) == 28 - 10  # two chunks of five were recorded
+    assert files(tmp_path / "out") == files(whole)
+
+
+def test_shards_in_any_order_make_the_same_files(source, tmp_path, small_chunks):
+    whole = run(source, tmp_path / "whole")
+    for shard in ("2/3", "0/3", "1/3"):
+        run(source, tmp_path / "out", "--shard", shard)
+    assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".part"}
+    run(source, tmp_path / "out")
+    assert files(tmp_path / "out") == files(whole)
+
+
 def test_finished_directory_is_refused(source, tmp_path):
     run(source, tmp_path / "out")
     with pytest.raises(InputError, match="--overwrite"):
@@ -105,7 +150,7 @@ def test_bad_image_is_named_or_skipped(tmp_path, fault):
         path.write_bytes({"empty": b"", "truncated": content[:900], "text": b"no image"}[fault])
     with pytest.raises(InputError, match="0003"):
         run(source, tmp_path / "out")
-    assert not list(tmp_path.glob("out/*"))
+    assert not [p for p in tmp_path.glob("out/*") if p.suffix != ".part"]
     out = run(source, tmp_path / "out", "--on_error", "skip")
     data = util.read_data(out)
     assert "0003" not in set(data.train["image_name"])

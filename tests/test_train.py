@@ -65,14 +65,14 @@ def test_a_run_leaves_what_the_contract_says(runs_dir, data_dir):
 
 
 def test_predictions_are_those_of_the_best_checkpoint(runs_dir, data_dir):
-    from dataset import ImageDataset, MetaEncoder, Stored, eval_loader
+    from dataset import ImageDataset, MetaEncoder, Stored, make_loader
 
     model, content = models.load_checkpoint(runs_dir / "resnet" / "fold1_best.pt")
     data = util.read_data(data_dir)
     meta = MetaEncoder(content["encoder"]).encode(data.test)
     stored = Stored(util.array_path(data_dir, "test", 64), 4)
     images = ImageDataset([stored], range(4), meta)
-    prob = models.predict(model, eval_loader(images, 4, 0), torch.device("cpu"), tta=2)
+    prob = models.predict(model, make_loader(images, 4, 0), torch.device("cpu"), tta=2)
     test = pd.read_csv(runs_dir / "resnet" / "test_predictions.csv")
     assert np.allclose(test["prob"][test["fold"] == 1], prob, atol=1e-6)
 

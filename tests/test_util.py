@@ -1,7 +1,8 @@
 """Tables, arrays, json, metrics."""
 
-import errno
 import json
+import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,30 +23,78 @@ def test_json_is_strict_and_whole(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_array_is_absent_until_complete(tmp_path):
+def test_array_has_its_name_once_it_is_finished(tmp_path):
     path = tmp_path / "x.npy"
+    array = util.PartialArray(path, (3, 4, 4, 3))
+    for row in (2, 0, 1):
+        array.write(row, np.full((4, 4, 3), row + 7))
+    assert not path.exists()
+    with pytest.raises(ValueError, match="is \\(4, 4, 3\\), not"):
+        array.write(0, np.zeros((4, 4)))
+    array.finish(np.array([0, 2]))
+    assert (util.open_array(path, 2)[:, 0, 0, 0] == [7, 9]).all()
+    array.finish(np.arange(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+    whole = util.open_array(path, 3)
+    assert (whole == np.arange(7, 10)[:, None, None, None]).all()
+    rows = pickle.loads(pickle.dumps(util.Rows(path, 3)))
+    assert (rows[np.array([2, 0])] == whole[[2, 0]]).all()
+    assert (rows[1] == whole[1]).all()
+    assert rows[1].flags.writeable
 
-    def break_off():
-        with util.new_array(path, (2, 4, 4, 3)) as array:
-            array[0] = 1
-            raise RuntimeError
 
-    with pytest.raises(RuntimeError):
-        break_off()
-    assert list(tmp_path.iterdir()) == []
-    with util.new_array(path, (2, 4, 4, 3)) as array:
-        array[:] = 7
-    assert (util.open_array(path, 2) == 7).all()
+def test_full_disk_is_an_error_and_known_beforehand(tmp_path, monkeypatch):
+    array = util.PartialArray(tmp_path / "x.npy", (2, 4, 4, 3))
+    monkeypatch.setattr(util.os, "pwrite", lambda *_: 5)  # as many bytes as there was room for
+    with pytest.raises(OSError, match="No space"):
+        array.write(0, np.zeros((4, 4, 3)))
+    monkeypatch.setattr(util.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(InputError, match="y.npy needs 0.00 GB.*make room"):
+        util.PartialArray(tmp_path / "y.npy", (2, 4, 4, 3))
 
 
-def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_progress_is_found_again_unless_its_array_is_gone(tmp_path):
+    def begin():
+        array = util.PartialArray(tmp_path / "x.npy", (600, 2))
+        return array, util.Progress(tmp_path / "x_done.npy", [array], facts=2)
 
-    monkeypatch.setattr(util.os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space"), util.new_array(tmp_path / "x.npy", (2, 4, 4, 3)):
-        pass
-    assert list(tmp_path.iterdir()) == []
+    array, progress = begin()
+    everything = np.arange(600)
+    shards = [list(util.chunked(progress.todo(everything), (i, 2))) for i in range(2)]
+    assert [[len(rows) for rows in shard] for shard in shards] == [[256, 44], [256, 44]]
+    assert sorted(np.concatenate([*shards[0], *shards[1]])) == list(range(600))
+    rows = shards[1][0]
+    progress.add(rows, np.stack([rows, rows], axis=1))
+    array, progress = begin()
+    assert set(progress.todo(everything)) == set(range(600)) - set(rows)
+    assert progress.facts[rows[5]].tolist() == [rows[5], rows[5]]
+    array.finish(everything)
+    array, progress = begin()  # stopped after this array had its name, before the next had
+    assert len(progress.todo(everything)) == 600 - 256
+    (tmp_path / "x.npy.part").unlink()
+    array, progress = begin()
+    assert len(progress.todo(everything)) == 600
+
+
+def test_unfinished_directory_goes_on_only_with_the_same_settings(tmp_path):
+    def claim(overwrite=False, shard=None, **settings):
+        args = SimpleNamespace(overwrite=overwrite, shard=shard)
+        return util.claim_filling(tmp_path / "out", "done.json", args, settings)
+
+    out = claim(size=3)
+    (out / "x.npy.part").write_bytes(b"x")
+    claim(size=3, shard=(0, 2))
+    with pytest.raises(InputError, match="begun with size = 3, not 4; pass --overwrite"):
+        claim(size=4)
+    with pytest.raises(InputError, match="other shards"):
+        claim(size=3, overwrite=True, shard=(0, 2))
+    assert (out / "x.npy.part").exists()
+    claim(size=4, overwrite=True)
+    assert not (out / "x.npy.part").exists()
+    util.finish_filling(out, "done.json", {})
+    assert [p.name for p in out.iterdir()] == ["done.json"]
+    with pytest.raises(InputError, match="already finished"):
+        claim(size=4)
 
 
 @pytest.mark.parametrize(
