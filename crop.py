@@ -62,7 +62,7 @@ def load_networks(run_dir: Path, source: str, data: util.Data, device: torch.dev
             "cropped by networks that saw them (oof = 0 in train_boxes.csv)"
         )
     paths = {k: run_dir / f"fold{k}_best.pt" for k in folds}
-    return {k: models.load_checkpoint(path, device)[0] for k, path in paths.items()}
+    return {k: models.load_for_prediction(path, device)[0] for k, path in paths.items()}
 
 
 def fit_saliencies(data: util.Data, output_dir: Path, args, device) -> dict:

@@ -11,6 +11,7 @@ References:
 
 import os
 import pickle
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision import models as tv
 from torchvision.models.regnet import BlockParams, RegNet
 
@@ -137,6 +139,58 @@ def build_backbone(name: str, weights: str, image_size: int, head: nn.Module) ->
     return network
 
 
+# ---------------------------------------------------------------- small maps
+class SmallMapConv2d(nn.Conv2d):
+    """A 3 x 3 convolution, padded by zeros, that skips the zeros on maps of 1 x 1 and 2 x 2.
+
+    There 8/9 and 5/9 of a convolution's products are with padding. What is left is one matrix
+    product over the whole map. The same parameters and function as nn.Conv2d.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> "SmallMapConv2d":
+        """The same convolution, sharing its parameters."""
+        new = cls(
+            conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=conv.bias is not None,
+            device="meta",
+        )  # fmt: skip
+        new.weight, new.bias = conv.weight, conv.bias
+        return new.train(conv.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (N, C, m, m) -> (N, C', ceil(m / stride), ceil(m / stride))."""
+        n, _, height, width = x.shape
+        if height != width or width > 2:
+            return super().forward(x)
+        # the part of the kernel that lies on the map, for every place of the output
+        places = range(0, width, self.stride[0])
+        kernel = torch.stack([
+            self.weight[:, :, 1 - i : 1 - i + width, 1 - j : 1 - j + width]
+            for i in places for j in places
+        ])  # fmt: skip
+        kernel = kernel.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)
+        y = x.permute(0, 2, 3, 1).flatten(1) @ kernel.T  # channels_last: both are views
+        y = y.view(n, len(places), len(places), self.out_channels)
+        y = y if self.bias is None else y + self.bias
+        return y.permute(0, 3, 1, 2)
+
+
+def skip_padding(network: nn.Module) -> nn.Module:
+    """Make the 3 x 3 convolutions of a network SmallMapConv2d, in place; others stay."""
+    for name, module in list(network.named_modules()):
+        if (
+            type(module) is nn.Conv2d
+            and module.kernel_size == (3, 3)
+            and module.padding == (1, 1)
+            and module.padding_mode == "zeros"
+            and module.dilation == (1, 1)
+            and module.groups == 1
+            and module.stride in ((1, 1), (2, 2))
+        ):
+            network.set_submodule(name, SmallMapConv2d.of(module))
+    return network
+
+
 # ---------------------------------------------------------------- networks
 class Network(nn.Module):
     """What all networks share: a backbone (N, 3, s, s) -> (N, C) and its normalisation."""
@@ -237,6 +291,7 @@ class ChipNet(Network):
         if image_size % CHIP:
             raise ModelError(f"ChipNet needs a multiple of {CHIP} px, not {image_size}")
         super().__init__(backbone, weights, image_size, input_size=CHIP)
+        skip_padding(self.backbone)  # a chip ends as a map of one pixel
         self.scorer = nn.Sequential(
             nn.Dropout2d(dropout),
             nn.Conv2d(self.features, attention_hidden, 3, padding=1),
@@ -248,10 +303,11 @@ class ChipNet(Network):
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """image (N, 3, S, S) -> one embedding per chip (N, C, h, w) with h = w = S / 32."""
-        image = self.normalise(image)
         n, grid = len(image), image.shape[-1] // CHIP
-        chips = image.view(n, 3, grid, CHIP, grid, CHIP).permute(0, 2, 4, 1, 3, 5)
-        embedding = self.backbone(chips.reshape(-1, 3, CHIP, CHIP))  # (N * h * w, C)
+        # cut while the pixels are bytes, and into the channels-last layout that convolutions like
+        chips = image.unflatten(3, (grid, CHIP)).unflatten(2, (grid, CHIP))
+        chips = chips.permute(0, 2, 4, 3, 5, 1).reshape(-1, CHIP, CHIP, 3).permute(0, 3, 1, 2)
+        embedding = self.backbone(self.normalise(chips))  # (N * h * w, C)
         return embedding.view(n, grid, grid, -1).permute(0, 3, 1, 2)
 
     def weigh(self, embedding: torch.Tensor) -> torch.Tensor:
@@ -381,6 +437,41 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Net
     except RuntimeError as error:
         raise ModelError(f"{path} does not fit its own spec ({error})") from None
     return model.to(device).eval(), content
+
+
+def fold_batchnorms(network: nn.Module) -> nn.Module:
+    """Multiply every batch norm of an eval network into the convolution before it, in place.
+
+    The same function in fewer passes over memory. What torch.fx cannot trace stays as it is.
+    """
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, nn.Conv2d) or super().is_leaf_module(module, name)
+
+    modules = dict(network.named_modules())
+    try:
+        nodes = [node for node in Tracer().trace(network).nodes if node.op == "call_module"]
+    except Exception:  # fx raises whatever a network does with what is no tensor
+        return network
+    calls = Counter(node.target for node in nodes)
+    for node in nodes:
+        norm, before = modules[node.target], node.args[0]
+        if type(norm) is not nn.BatchNorm2d or before.op != "call_module":
+            continue
+        conv = modules[before.target]
+        alone = len(before.users) == calls[node.target] == calls[before.target] == 1
+        if alone and isinstance(conv, nn.Conv2d):
+            network.set_submodule(before.target, fuse_conv_bn_eval(conv, norm))
+            network.set_submodule(node.target, nn.Identity())
+    return network
+
+
+def load_for_prediction(path: Path, device: torch.device | str = "cpu") -> tuple[Network, dict]:
+    """load_checkpoint, with gates and batch norms multiplied into the layers before them."""
+    network, content = load_checkpoint(path, device)
+    network.backbone = fold_batchnorms(fsg.fold_gates(network.backbone))
+    return network, content
 
 
 # ---------------------------------------------------------------- prediction

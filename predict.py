@@ -82,7 +82,7 @@ class Localizer:
         run_dir, networks, saliencies = Path(facts["run"]), {}, {}
         if kind in localize.NETWORK_SOURCES:
             paths = {k: run_dir / f"fold{k}_best.pt" for k in facts["folds"]}
-            networks = {k: models.load_checkpoint(path, device)[0] for k, path in paths.items()}
+            networks = {k: models.load_for_prediction(path, device)[0] for k, path in paths.items()}
         if "saliency" in kind:
             network, content = models.load_checkpoint(crop_dir / "saliency.pt", device)
             saliencies = {
@@ -125,7 +125,7 @@ class Run:
         self.networks, self.encoders = {}, {}
         for fold in util.read_metrics(run_dir)["folds"]:
             k = fold["fold"]
-            network, content = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)
+            network, content = models.load_for_prediction(run_dir / f"fold{k}_best.pt", device)
             self.networks[k], self.encoders[k] = network, MetaEncoder(content["encoder"])
             self.size = content["spec"]["image_size"]
         self.inputs = models.MODELS[config["args"]["model"]].inputs

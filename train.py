@@ -422,13 +422,14 @@ class Trainer:
     ):
         self.settings, self.spec, self.device = settings, spec, device
         self.model = models.build_model(spec, weights).to(device)
-        self.optimizer = torch.optim.Adam(self.model.param_groups(settings.lr, settings.head_lr))
+        adam = partial(torch.optim.Adam, fused=device.type in ("cpu", "cuda"))
+        self.optimizer = adam(self.model.param_groups(settings.lr, settings.head_lr))
         gates, gate_optimizer = fsg.gate_parameters(self.model), None
         mode = settings.routing if gates else "off"
         if gates and mode == "off":
             self.optimizer.add_param_group({"params": gates, "lr": settings.gate_lr})
         elif gates:
-            gate_optimizer = torch.optim.Adam(gates, lr=settings.gate_lr)
+            gate_optimizer = adam(gates, lr=settings.gate_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.routing = fsg.GradientRouting(
             self.model, self.optimizer, gate_optimizer, mode, self.scaler

@@ -1,5 +1,7 @@
 """Networks and checkpoints."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -239,3 +241,97 @@ def test_weights_of_a_gated_checkpoint_start_from_its_function(tmp_path, gates):
     for start in (spec("resnet"), spec("resnet") | {"gates": "identity"}):
         network = models.build_model(start, str(tmp_path / "a.pt")).eval()
         assert torch.allclose(network.backbone(image), trained.backbone(image), atol=1e-5)
+
+
+# ---------------------------------------------------------------- the same function, faster
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "regnet_tiny"])
+def test_skipping_padding_changes_neither_outputs_nor_gradients(backbone):
+    torch.manual_seed(0)
+    plain = models.build_backbone(backbone, "none", 32, torch.nn.Identity()).double()
+    fast = models.skip_padding(copy.deepcopy(plain))
+    assert any(isinstance(m, models.SmallMapConv2d) for m in fast.modules())
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    chips = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        outputs = [net.to(memory_format=layout)(chips) for net in (plain, fast)]
+        assert torch.allclose(*outputs, rtol=1e-10, atol=1e-10)
+        weights = torch.randn_like(outputs[0])
+        for net, output in zip((plain, fast), outputs, strict=True):
+            net.zero_grad()
+            (output * weights).sum().backward()
+        for one, other in zip(plain.parameters(), fast.parameters(), strict=True):
+            assert torch.allclose(one.grad, other.grad, rtol=1e-8, atol=1e-9 * one.grad.abs().max())
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_small_map_convolution(side, stride, bias):
+    conv = torch.nn.Conv2d(3, 5, 3, stride, 1, bias=bias).double()
+    x = torch.randn(4, 3, side, side, dtype=torch.float64)
+    fast = models.SmallMapConv2d.of(conv)
+    assert fast.weight is conv.weight
+    assert torch.allclose(fast(x), conv(x), atol=1e-12)
+
+
+def test_only_plain_padded_convolutions_are_rewritten():
+    make = torch.nn.Conv2d
+    others = [make(4, 4, 3, padding=1, groups=2), make(4, 4, 3), make(4, 4, 1),
+              make(4, 4, 3, padding=2, dilation=2), make(4, 4, 3, padding=1, stride=(1, 2)),
+              make(4, 4, 3, padding=1, padding_mode="reflect")]  # fmt: skip
+    network = models.skip_padding(torch.nn.Sequential(*others, make(4, 4, 3, padding=1)))
+    rewritten = [isinstance(module, models.SmallMapConv2d) for module in network]
+    assert rewritten == [False] * len(others) + [True]
+
+
+def shake_statistics(network):
+    """Running statistics that are not those of an untrained network."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(module.weight, 1, 0.2)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "regnet_tiny", "mobilenet_v2", "vit_tiny"])
+def test_folding_batchnorms_keeps_the_function(backbone):
+    torch.manual_seed(0)
+    network = models.build_backbone(backbone, "none", 64, torch.nn.Identity()).double().eval()
+    shake_statistics(network)
+    folded = models.fold_batchnorms(copy.deepcopy(network))
+    norms = [m for m in folded.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert not norms
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    assert torch.allclose(folded(image), network(image), rtol=1e-9, atol=1e-10)
+
+
+def test_batchnorms_whose_convolution_has_other_readers_stay():
+    class Reused(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return self.norm(y) + y
+
+    network = Reused().eval()
+    shake_statistics(network)
+    image = torch.randn(1, 3, 4, 4)
+    expected = network(image)
+    assert torch.equal(models.fold_batchnorms(network)(image), expected)
+
+
+def test_checkpoint_for_prediction_has_gates_and_batchnorms_folded(tmp_path):
+    gated = spec("chipnet", gates="identity")
+    network = models.build_model(gated).eval()
+    shake_statistics(network.backbone)
+    for gate in fsg.gate_parameters(network):
+        torch.nn.init.normal_(gate)
+    models.save_checkpoint(tmp_path / "a.pt", network, gated)
+    folded, _ = models.load_for_prediction(tmp_path / "a.pt")
+    assert not fsg.gate_parameters(folded)
+    assert not [m for m in folded.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    image, meta = torch.rand(2, 3, 64, 64), torch.zeros(2, 0)
+    with torch.no_grad():
+        assert torch.allclose(folded(image, meta), network(image, meta), atol=1e-5)
