@@ -238,24 +238,27 @@ def fit_saliency(
     from sklearn.preprocessing import StandardScaler
 
     rng = np.random.default_rng(seed)
-    contrast, inputs, labels = Saliency(network), [], []
+    contrast, inputs, labels = Saliency(network), None, []
     with torch.no_grad():
         chosen = np.sort(rng.permutation(rows)[:FIT_IMAGES])
-        for row in tqdm(chosen, desc="saliency", unit="image", leave=False):
+        for place, row in enumerate(tqdm(chosen, desc="saliency", unit="image", leave=False)):
             image = torch.from_numpy(np.array(array[row])).permute(2, 0, 1)[None].to(device)
             features = contrast.features(image)[0].cpu().numpy()  # (D, n, n)
             distance = np.expm1(features[-1])
             blobs = pick_blobs(distance, otsu(distance))
             pixels = rng.choice(blobs.size, FIT_PIXELS, replace=False)
-            inputs.append(features.reshape(len(features), -1)[:, pixels].T)
+            if inputs is None:  # a large network's take a gigabyte: there is one copy, no more
+                inputs = np.empty((len(chosen) * FIT_PIXELS, len(features)), np.float32)
+            part = slice(place * FIT_PIXELS, (place + 1) * FIT_PIXELS)
+            inputs[part] = features.reshape(len(features), -1)[:, pixels].T
             labels.append(blobs.ravel()[pixels])
     labels = np.concatenate(labels)
     if labels.min() == labels.max():
         raise SourceError("saliency finds nothing that differs from the images' borders; pass "
                           "another --source")  # fmt: skip
-    scaler = StandardScaler().fit(np.concatenate(inputs))
+    scaler = StandardScaler(copy=False).fit(inputs)
     fit = LogisticRegression(C=FIT_C, max_iter=200)
-    fit.fit(scaler.transform(np.concatenate(inputs)), labels)
+    fit.fit(scaler.transform(inputs), labels)
     weight = fit.coef_[0] / scaler.scale_
     bias = float(fit.intercept_[0] - weight @ scaler.mean_)
     return Saliency(network, torch.tensor(weight, dtype=torch.float32), bias)

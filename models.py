@@ -219,8 +219,8 @@ class Network(nn.Module):
 
     def normalise(self, image: torch.Tensor) -> torch.Tensor:
         """Bring uint8, or float in 0..1, to the distribution the backbone was trained on."""
-        if image.dtype == torch.uint8:
-            image = image.float() / 255
+        if image.dtype == torch.uint8:  # one new tensor, not three: on a CPU this is page faults
+            return image.float().sub_(255 * self.mean).div_(255 * self.std)
         return (image - self.mean) / self.std
 
     def param_groups(self, lr: float, head_lr: float) -> list[dict]:

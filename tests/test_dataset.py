@@ -2,12 +2,15 @@
 
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import albumentations as A
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torchvision.transforms.v2 import functional
 
 import dataset
 import util
@@ -146,3 +149,49 @@ def test_order_of_an_epoch():
     assert shuffled.tolist() != sorted(shuffled) == list(range(13))
     with pytest.raises(ValueError, match="both classes"):
         dataset.draw_order(np.zeros(3), "balanced", seed=0)
+
+
+def test_turn_and_tint_is_pillows_and_torchvisions_within_rounding():
+    rng = np.random.default_rng(0)
+    image = cv2.resize(rng.integers(80, 170, (8, 8, 3), dtype=np.uint8), (64, 64))
+    transform = dataset.TurnAndTint(tint=0.2)
+    place = np.array([[0.0, 1, 0], [-1, 0, 63]])  # a quarter turn
+    bright, contrast, saturation = 1.1, 0.85, 1.2
+    draws = iter([90, 0, 0, 1, bright, contrast, saturation])
+    transform.py_random = SimpleNamespace(uniform=lambda low, high: next(draws))
+    params = transform.get_params_dependent_on_data({"shape": image.shape}, {"image": image})
+    assert np.allclose(params["place"], place)
+    done = transform.apply(image, **params).astype(int)
+    tv = torch.from_numpy(image).permute(2, 0, 1) / 255
+    for step, factor in (
+        (functional.adjust_brightness, bright),
+        (functional.adjust_contrast, contrast),
+        (functional.adjust_saturation, saturation),
+    ):
+        tv = step(tv, factor)
+    expected = np.rot90(255 * tv.permute(1, 2, 0).numpy())
+    assert np.abs(done - expected).max() < 1
+
+
+def test_turn_and_tint_draws_the_whole_circle_both_ways_and_moves_guides_along():
+    transform = A.Compose([dataset.TurnAndTint(shift=5)])
+    transform.set_random_seed(0)
+    image = np.zeros((65, 65, 3), np.uint8)
+    image[28:37, 44:60] = 200  # a bar to the right of the centre, its upper half red
+    image[28:32, 44:60, 1:] = 0
+    guide = (image[..., 0] > 0).astype(np.float32)
+    angles, mirrored, levels = [], [], []
+    for _ in range(300):
+        done = transform(image=image, mask=guide)
+        moved, mask = done["image"].astype(float), done["mask"]
+        assert np.abs(mask - (moved[..., 0] / moved[..., 0].max())).mean() < 0.01
+        y, x = (np.indices(mask.shape) * mask).sum(axis=(1, 2)) / mask.sum() - 32
+        red = moved[..., 0] * (moved[..., 1] < moved[..., 0] / 2)
+        ry, rx = (np.indices(mask.shape) * red).sum(axis=(1, 2)) / red.sum() - 32
+        angles.append(np.degrees(np.arctan2(y, x)))
+        mirrored.append(x * (ry - y) - y * (rx - x) > 0)  # on which side of the bar the red lies
+        levels.append(moved[..., 0].max())
+    assert np.histogram(angles, 6, (-180, 180))[0].min() > 30
+    assert 0.4 < np.mean(mirrored) < 0.6
+    assert min(levels) < 150
+    assert max(levels) > 220

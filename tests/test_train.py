@@ -83,7 +83,7 @@ def test_guided_attention_comes_to_resemble_the_maps(data_dir, tmp_path):
     maps = np.full((24, 8, 8), 1e-6, np.float32)
     maps[:, 3:5, 3:5] = 0.25  # the centre: no symmetry or small shift moves it away
     np.save(guide / "train_attention.npy", maps)
-    words = ["--epochs", 6, "--patience", 6, "--fold", 0, "--guide", guide]
+    words = ["--epochs", 12, "--patience", 12, "--fold", 0, "--guide", guide]
     runs = {w: fit(data_dir, tmp_path / w, *words, "--guide_weight", w, model="chipnet")
             for w in ("0", "3")}  # fmt: skip
     image = util.open_array(data_dir / "train_64.npy", 24)
