@@ -325,19 +325,35 @@ def draw_order(target: np.ndarray, sampler: str, seed: int) -> np.ndarray:
 
 
 def train_loader(
-    images: ImageDataset, batch_size: int, sampler: str, workers: int, seed: int
+    images: ImageDataset,
+    batch_size: int,
+    sampler: str,
+    workers: int,
+    seed: int,
+    share: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """Loader of one training epoch; `seed` fixes its order and augmentation."""
+    """Loader of one training epoch; `seed` fixes its order and augmentation.
+
+    share: (i, n) takes every n-th image of each batch, from the i-th; a last batch of fewer than n
+    images is left out.
+    """
     epoch = Epoch(images, draw_order(images.target, sampler, seed), seed)
-    return make_loader(epoch, batch_size, workers)
+    part, parts = share
+    ends = (min(start + batch_size, len(epoch)) for start in range(0, len(epoch), batch_size))
+    batches = [
+        list(range(start + part, end, parts))
+        for start, end in zip(range(0, len(epoch), batch_size), ends, strict=True)
+        if end - start >= parts
+    ]
+    return make_loader(epoch, workers, batch_sampler=batches)
 
 
-def make_loader(images: Dataset, batch_size: int, workers: int) -> DataLoader:
-    """Loader in the order of a dataset."""
+def make_loader(images: Dataset, workers: int, **batches) -> DataLoader:
+    """Loader in the order of a dataset; `batches` are DataLoader's batch_size or batch_sampler."""
     return DataLoader(
         images,
-        batch_size=batch_size,
         num_workers=workers,
         worker_init_fn=one_thread,
         pin_memory=torch.cuda.is_available(),
+        **batches,
     )

@@ -8,8 +8,11 @@ Writes  runs/NAME/: config.json, log.csv, fold{k}_best.pt, fold{k}_last.pt, oof.
     python train.py --model resnet --fold 0
     python train.py --model resnet --fsg --name resnet_fsg
     python train.py --model chipnet --fold all --weights none --backbone regnet_tiny --lr 1e-3
+    torchrun --nproc_per_node=3 train.py --model resnet
 
-Folds may be trained in several calls: a run collects them. The defaults are the original's
+Folds may be trained in several calls, also at the same time: a run collects them. Under torchrun
+every process trains folds of its own where their number allows, otherwise all train each fold
+together, with a share of every batch. The defaults are the original's
 recipe: focal loss, balanced sampling, Adam, learning rate x 0.95 per epoch, early stopping.
 """
 
@@ -19,6 +22,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +30,9 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.model_selection import StratifiedGroupKFold
+from torch import distributed
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from tqdm import tqdm
 
@@ -271,6 +277,54 @@ def open_run(settings: argparse.Namespace, config: dict, folds: list[int]) -> tu
     return run_dir, folds
 
 
+# ---------------------------------------------------------------- several processes
+@dataclass(frozen=True)
+class Team:
+    """The processes that train a fold together, and which of them this one is."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def gather(self, prob: np.ndarray, n_rows: int) -> np.ndarray:
+        """Probabilities of all rows (n_rows,) from every process's share of them."""
+        if self.size == 1:
+            return prob
+        parts: list = [None] * self.size
+        distributed.all_gather_object(parts, prob)
+        whole = np.empty(n_rows)
+        for rank, part in enumerate(parts):
+            whole[rank :: self.size] = part
+        return whole
+
+
+def join_team(device: str) -> tuple[Team, torch.device]:
+    """All processes that torchrun started, and the device of this one."""
+    team = Team(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if team.size == 1:
+        return team, models.pick_device(device)
+    picked = models.pick_device(device)
+    if picked.type == "cuda":
+        picked = models.pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(picked)
+    distributed.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    return team, picked
+
+
+def from_leader(value):
+    """The leading process's value, in all processes."""
+    if not distributed.is_initialized():
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box)
+    return box[0]
+
+
+# ---------------------------------------------------------------- logs
 def read_log(run_dir: Path) -> pd.DataFrame:
     """The log so far, one row per fold and epoch."""
     path = run_dir / "log.csv"
@@ -376,7 +430,7 @@ def record_gates(run_dir: Path, fold: int, trainer: "Trainer", valid: ImageDatas
     settings, model = trainer.settings, trainer.model
     chosen = pick_rows(valid.target, np.arange(len(valid)), PRUNE_ROWS)
     some = Subset(valid, chosen.tolist())
-    loader = dataset.make_loader(some, settings.batch_size, workers=0)
+    loader = dataset.make_loader(some, workers=0, batch_size=settings.batch_size)
     predict = partial(models.predict, loader=loader, device=trainer.device, amp=settings.amp)
     curve = prune_curve(predict, model, valid.target[chosen])
     table = pd.DataFrame(curve, columns=["ranking", "share", "auc"])
@@ -418,9 +472,14 @@ class Trainer:
     """A network with its optimizers and where its training stands."""
 
     def __init__(
-        self, settings: argparse.Namespace, spec: dict, weights: str, device: torch.device
+        self,
+        settings: argparse.Namespace,
+        spec: dict,
+        weights: str,
+        device: torch.device,
+        team: Team,
     ):
-        self.settings, self.spec, self.device = settings, spec, device
+        self.settings, self.spec, self.device, self.team = settings, spec, device, team
         self.model = models.build_model(spec, weights).to(device)
         adam = partial(torch.optim.Adam, fused=device.type in ("cpu", "cuda"))
         self.optimizer = adam(self.model.param_groups(settings.lr, settings.head_lr))
@@ -434,6 +493,9 @@ class Trainer:
         self.routing = fsg.GradientRouting(
             self.model, self.optimizer, gate_optimizer, mode, self.scaler
         )
+        self.parallel = self.model
+        if team.size > 1:
+            self.parallel = DistributedDataParallel(self.model)
         self.progress = {"epoch": 0, "best_epoch": 0, "best_auc": -1.0, "seconds": 0.0}
 
     @property
@@ -451,9 +513,9 @@ class Trainer:
         """Loss of one batch, with what --guide and --gate_l1 add."""
         with models.autocast(self.device, self.settings.amp):
             if guide is None:
-                logit = self.model(image, meta)
+                logit = self.parallel(image, meta)
             else:
-                logit, attention = self.model(image, meta, with_attention=True)
+                logit, attention = self.parallel(image, meta, with_attention=True)
         loss = LOSSES[self.settings.loss](logit.float(), target)
         if guide is not None:
             loss = loss + self.settings.guide_weight * guide_loss(attention.float(), guide)
@@ -461,10 +523,14 @@ class Trainer:
             loss = loss + self.settings.gate_l1 * fsg.gate_penalty(self.model)
         return loss
 
-    def loss_on(self, batch: list[torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """The loss of a batch as a function of nothing, as GradientRouting takes it."""
+    def loss_on(self, batch: list[torch.Tensor], share: float) -> Callable[[], torch.Tensor]:
+        """The loss of a batch as a function of nothing, as GradientRouting takes it.
+
+        share: of this process in the batch, over an equal share: the mean of the processes'
+        gradients is then that of the whole batch.
+        """
         batch = [part.to(self.device, non_blocking=True) for part in batch]
-        return partial(self.compute_loss, *batch)
+        return lambda: share * self.compute_loss(*batch)
 
     def train_epoch(self, loader, description: str, gate_loader=None) -> float:
         """One pass over a loader; returns the mean loss. Raises InputError where it diverges.
@@ -472,21 +538,34 @@ class Trainer:
         gate_loader: batches for the gates' own pass in held_out, as many as the loader has.
         """
         self.model.train()
-        total, count = 0.0, 0
+        total, count, left = 0.0, 0, len(loader.dataset)
         gate_batches = None if gate_loader is None else repeated(gate_loader)
-        for batch in tqdm(loader, desc=description, leave=False, unit="batch"):
-            losses = [self.loss_on(batch)]
+        bar = tqdm(loader, desc=description, leave=False, unit="batch", disable=not self.team.leads)
+        for batch in bar:
+            whole = min(self.settings.batch_size, left)
+            left -= whole
+            losses = [self.loss_on(batch, len(batch[0]) * self.team.size / whole)]
             if gate_batches is not None:
-                losses.append(self.loss_on(next(gate_batches)))
+                losses.append(self.loss_on(next(gate_batches), 1.0))
             loss = self.routing.step(*losses).item()
             if not math.isfinite(loss):
                 raise InputError(f"{description}: the loss is {loss}; pass a lower --lr, --amp off")
-            total, count = total + loss * len(batch[0]), count + len(batch[0])
+            total, count = total + loss * whole, count + whole
+        if self.team.size > 1:
+            means = torch.tensor(total / self.team.size, device=self.device)
+            distributed.all_reduce(means)
+            total = means.item()
+            for buffer in self.model.buffers():  # the leader's batch norms for all
+                distributed.broadcast(buffer, 0)
         return total / count
 
-    def predict(self, loader, tta: int = 1) -> np.ndarray:
-        """Probabilities of a loader's images (N,)."""
-        return models.predict(self.model, loader, self.device, tta, self.settings.amp)
+    def predict(self, images: ImageDataset, tta: int = 1) -> np.ndarray:
+        """Probabilities of images (N,)."""
+        settings, team = self.settings, self.team
+        own = Subset(images, range(team.rank, len(images), team.size))
+        loader = dataset.make_loader(own, settings.workers, batch_size=settings.batch_size)
+        prob = models.predict(self.model, loader, self.device, tta, settings.amp)
+        return team.gather(prob, len(images))
 
     def save(self, path: Path, **extra) -> None:
         """Save everything that training needs to go on."""
@@ -513,11 +592,11 @@ class Trainer:
 def fit(trainer: Trainer, k: int, images: dict[str, ImageDataset], run_dir: Path, extra: dict):
     """Train fold k until it is finished; its best epoch is in fold{k}_best.pt."""
     settings, progress, valid = trainer.settings, trainer.progress, images["valid"]
-    valid_loader = dataset.make_loader(valid, settings.batch_size, settings.workers)
+    team = trainer.team
     while not trainer.finished:
         epoch, start = progress["epoch"] + 1, time.monotonic()
         seed = epoch_seed(settings.seed, k, epoch)
-        torch.manual_seed(seed)
+        torch.manual_seed(seed + team.rank)
         lr = trainer.set_lr(epoch)
         train_loader = partial(
             dataset.train_loader,
@@ -525,23 +604,29 @@ def fit(trainer: Trainer, k: int, images: dict[str, ImageDataset], run_dir: Path
             sampler=settings.sampler,
             workers=settings.workers,
             seed=seed,
+            share=(team.rank, team.size),
         )
         loader = train_loader(images["train"])
         gate_loader = train_loader(images["gates"]) if "gates" in images else None
         train_loss = trainer.train_epoch(loader, f"fold {k} epoch {epoch}", gate_loader)
         rate = len(loader.dataset) / (time.monotonic() - start)
-        prob = trainer.predict(valid_loader)
+        prob = trainer.predict(valid)
         auc = util.weighted_auc(valid.target, prob)
         seconds = time.monotonic() - start
         logit = torch.from_numpy(prob).clamp(1e-7, 1 - 1e-7).logit().unsqueeze(1)
         valid_loss = LOSSES[settings.loss](logit, torch.from_numpy(valid.target).double()).item()
         progress |= {"epoch": epoch, "auc": auc, "seconds": progress["seconds"] + seconds}
-        values = (k, epoch, train_loss, valid_loss, auc, lr, seconds, rate)
-        write_log(run_dir, dict(zip(LOG_COLUMNS, values, strict=True)))
-        if settings.fsg:
-            write_gates(run_dir, k, epoch, trainer.model)
-        if auc > progress["best_auc"]:
+        improved = auc > progress["best_auc"]
+        if improved:
             progress |= {"best_auc": auc, "best_epoch": epoch}
+        if not team.leads:
+            continue
+        values = (k, epoch, train_loss, valid_loss, auc, lr, seconds, rate)
+        with util.locked(run_dir):  # other folds may be trained at the same time
+            write_log(run_dir, dict(zip(LOG_COLUMNS, values, strict=True)))
+            if settings.fsg:
+                write_gates(run_dir, k, epoch, trainer.model)
+        if improved:
             models.save_checkpoint(
                 run_dir / f"fold{k}_best.pt", trainer.model, trainer.spec, epoch=epoch, **extra
             )
@@ -550,6 +635,8 @@ def fit(trainer: Trainer, k: int, images: dict[str, ImageDataset], run_dir: Path
             f"fold {k} epoch {epoch:2d}: train loss {train_loss:.4f}, held-out loss "
             f"{valid_loss:.4f}, AUC {auc:.4f}, {rate:.0f} images/s"
         )
+    if team.size > 1:
+        distributed.barrier()  # the best epoch is on the disk
 
 
 def make_datasets(
@@ -598,12 +685,13 @@ def run_fold(
     crop: dict | None,
     run_dir: Path,
     device: torch.device,
-) -> dict:
-    """Train fold k, predict its held-out rows and the test images; returns the run's metrics."""
+    team: Team,
+) -> None:
+    """Train fold k, predict its held-out rows and the test images, and add them to the run."""
     images, encoder = make_datasets(k, settings, data, crop)
     torch.manual_seed(epoch_seed(settings.seed, k, 0))  # initial weights
     spec = make_spec(settings, data.size, encoder.dim)
-    trainer = Trainer(settings, spec, fold_weights(settings, data, k), device)
+    trainer = Trainer(settings, spec, fold_weights(settings, data, k), device, team)
     last_path = run_dir / f"fold{k}_last.pt"
     if settings.resume and last_path.exists():
         trainer.load(last_path)
@@ -612,14 +700,13 @@ def run_fold(
 
     trainer.model = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)[0]
     tables = {}
-    for part in images.keys() - {"train", "gates"}:
-        loader = dataset.make_loader(images[part], settings.batch_size, settings.workers)
-        prob, rows = trainer.predict(loader, settings.tta), images[part].rows
+    for part in sorted(images.keys() - {"train", "gates"}):  # in one order in all processes
+        prob, rows = trainer.predict(images[part], settings.tta), images[part].rows
         ids = (data.test if part == "test" else data.train)[ID].to_numpy()[rows]
         tables[part] = pd.DataFrame({ID: ids, FOLD: k, PROB: prob})
+    if not team.leads:
+        return
     tables["valid"].insert(2, TARGET, images["valid"].target)
-    if settings.fsg:
-        record_gates(run_dir, k, trainer, images["valid"])
     progress = trainer.progress
     facts = {
         "fold": k,
@@ -630,13 +717,16 @@ def run_fold(
         "last_valid_auc": progress["auc"],
         "seconds": progress["seconds"],
     }
-    return record_fold(run_dir, data, facts, tables["valid"], tables.get("test"))
+    with util.locked(run_dir):
+        if settings.fsg:
+            record_gates(run_dir, k, trainer, images["valid"])
+        record_fold(run_dir, data, facts, tables["valid"], tables.get("test"))
 
 
 def main(args: argparse.Namespace) -> Path:
     """Train the folds asked for; returns the run directory."""
     settings = fill_defaults(args)
-    device = models.pick_device(settings.device)
+    team, device = join_team(settings.device)
     data = util.read_data(settings.data_dir)
     folds = parse_folds(settings.fold, data.facts["n_folds"])
     arrays, crop = find_arrays(settings, data)
@@ -654,10 +744,21 @@ def main(args: argparse.Namespace) -> Path:
         "crop": crop,
         **util.provenance(),
     }
-    run_dir, folds = open_run(settings, config, folds)
+    opened = open_run(settings, config, folds) if team.leads else None
+    run_dir, folds = from_leader(opened)
+    if len(folds) % team.size == 0:
+        folds, team = folds[team.rank :: team.size], Team()
+    elif settings.fsg and settings.routing not in ("off", "single"):
+        raise InputError(f"--routing {settings.routing} takes one process per fold; start as many "
+                         "as there are folds, or one")  # fmt: skip
     for k in folds:
-        run_fold(k, settings, data, crop, run_dir, device)
-    print(util.metrics_line(settings.name, util.read_metrics(run_dir)))
+        run_fold(k, settings, data, crop, run_dir, device, team)
+    if distributed.is_initialized():
+        distributed.barrier()
+        team = Team(distributed.get_rank(), distributed.get_world_size())
+        distributed.destroy_process_group()
+    if team.leads:
+        print(util.metrics_line(settings.name, util.read_metrics(run_dir)))
     return run_dir
 
 

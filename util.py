@@ -6,6 +6,7 @@ is imported at the top (no torch, no scikit-learn), so that `--help` and preproc
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -150,6 +151,17 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Within the block no other process is in such a block of the directory."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def sha256(path: Path) -> str:

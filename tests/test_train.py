@@ -1,15 +1,19 @@
 """Losses, schedules, run directories, resuming."""
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SMALL_MODEL, call, shell
+from conftest import ROOT, SMALL_MODEL, call, shell
 from torch.nn import functional as F
 
+import dataset
 import fsg
 import models
 import train
@@ -72,7 +76,7 @@ def test_predictions_are_those_of_the_best_checkpoint(runs_dir, data_dir):
     meta = MetaEncoder(content["encoder"]).encode(data.test)
     stored = Stored(util.array_path(data_dir, "test", 64), 4)
     images = ImageDataset([stored], range(4), meta)
-    prob = models.predict(model, make_loader(images, 4, 0), torch.device("cpu"), tta=2)
+    prob = models.predict(model, make_loader(images, 0, batch_size=4), torch.device("cpu"), tta=2)
     test = pd.read_csv(runs_dir / "resnet" / "test_predictions.csv")
     assert np.allclose(test["prob"][test["fold"] == 1], prob, atol=1e-6)
 
@@ -316,9 +320,9 @@ def test_held_out_gates_have_whole_groups_of_their_own(data_dir):
 def test_gates_of_held_out_step_on_batches_of_their_own(data_dir, tmp_path, monkeypatch):
     loss_on, shown = train.Trainer.loss_on, []
 
-    def record(self, batch):
+    def record(self, batch, share):
         shown.append(batch[1])  # metadata names the row here
-        return loss_on(self, batch)
+        return loss_on(self, batch, share)
 
     encode = train.MetaEncoder.encode
     monkeypatch.setattr(train.Trainer, "loss_on", record)
@@ -415,3 +419,59 @@ def test_only_training_crops_are_jittered(data_dir, runs_dir):
         assert [type(source) for source in images["train"].sources] == kinds
         for part in ("valid", "test"):
             assert {type(source) for source in images[part].sources} == {dataset.Stored}
+
+
+# ---------------------------------------------------------------- several processes
+def torchrun(data_dir, runs, *words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node=2", "train.py", "--data_dir", data_dir, "--runs_dir", runs,
+               *SMALL_MODEL, *words]  # fmt: skip
+    run = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return run
+
+
+def test_two_processes_train_a_fold_as_one_would(data_dir, tmp_path):
+    words = ["--fold", 0, "--epochs", 3, "--batch_size", 7, "--patience", 3]
+    vit = ["--model", "fsg_vit", "--backbone", "vit_tiny", *words]  # no batch norm
+    one = call("train", "--data_dir", data_dir, "--runs_dir", tmp_path / "one", *SMALL_MODEL, *vit)
+    run = torchrun(data_dir, tmp_path / "two", *vit)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("oof ") == 1
+    two = tmp_path / "two" / "fsg_vit"
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+    logs = [pd.read_csv(folder / "log.csv") for folder in (one, two)]
+    for column in ("fold", "epoch", "train_loss", "valid_loss", "valid_auc", "lr"):
+        assert np.allclose(logs[0][column], logs[1][column], rtol=1e-3), column
+    for name in ("oof.csv", "test_predictions.csv"):
+        tables = [pd.read_csv(folder / name, dtype={"image_name": str}) for folder in (one, two)]
+        assert tables[0]["image_name"].tolist() == tables[1]["image_name"].tolist()
+        assert np.allclose(tables[0]["prob"], tables[1]["prob"], atol=1e-3)
+
+
+def test_two_processes_take_a_fold_each(data_dir, runs_dir, tmp_path):
+    run = torchrun(data_dir, tmp_path, "--model", "resnet")
+    assert run.returncode == 0, run.stderr
+    for name in ("oof.csv", "test_predictions.csv", "submission.csv"):
+        one, two = ((runs / "resnet" / name).read_bytes() for runs in (runs_dir, tmp_path))
+        assert one == two, name
+    assert pd.read_csv(tmp_path / "resnet" / "log.csv")["fold"].tolist() == [0, 1]
+
+
+def test_shares_make_up_the_batches(data_dir):
+    rows = np.arange(15)
+    stored = dataset.Stored(util.array_path(data_dir, "train", 64), 24)
+    images = dataset.ImageDataset([stored], rows, rows[:, None], rows % 2,
+                                  dataset.train_transform(64))  # fmt: skip
+
+    def batches(share):
+        loader = dataset.train_loader(images, 7, "shuffle", 0, seed=1, share=share)
+        return [dict(zip(meta[:, 0].tolist(), image, strict=True)) for image, meta, _ in loader]
+
+    whole, parts = batches((0, 1)), [batches((i, 2)) for i in range(2)]
+    assert [len(batch) for batch in whole] == [7, 7, 1]  # the single one has no share to give
+    assert [[len(batch) for batch in part] for part in parts] == [[4, 4], [3, 3]]
+    for batch, *shares in zip(whole, *parts, strict=False):
+        joint = shares[0] | shares[1]
+        assert joint.keys() == batch.keys()
+        assert all(torch.equal(joint[row], batch[row]) for row in batch)
