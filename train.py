@@ -746,16 +746,16 @@ def main(args: argparse.Namespace) -> Path:
     }
     opened = open_run(settings, config, folds) if team.leads else None
     run_dir, folds = from_leader(opened)
-    if len(folds) % team.size == 0:
-        folds, team = folds[team.rank :: team.size], Team()
+    together = Team() if len(folds) % team.size == 0 else team
+    if together.size == 1:
+        folds = folds[team.rank :: team.size]
     elif settings.fsg and settings.routing not in ("off", "single"):
         raise InputError(f"--routing {settings.routing} takes one process per fold; start as many "
                          "as there are folds, or one")  # fmt: skip
     for k in folds:
-        run_fold(k, settings, data, crop, run_dir, device, team)
-    if distributed.is_initialized():
+        run_fold(k, settings, data, crop, run_dir, device, together)
+    if team.size > 1:
         distributed.barrier()
-        team = Team(distributed.get_rank(), distributed.get_world_size())
         distributed.destroy_process_group()
     if team.leads:
         print(util.metrics_line(settings.name, util.read_metrics(run_dir)))

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 import localize
+import models
 import util
 from localize import Box
 from util import InputError
@@ -21,6 +23,7 @@ import crop_quality
 import fsg_ablation
 import fsg_cost
 import lesions
+import speed
 
 
 def run(module, *words):
@@ -177,3 +180,36 @@ def test_reference_of_the_cost_benchmark_takes_the_step_of_single():
         step()
         states.append(list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+# ---------------------------------------------------------------- speed
+def test_both_ways_of_the_speed_benchmark_do_the_same(tmp_path):
+    paths = speed.draw_jpegs(tmp_path / "jpegs", 640, 480, 2)
+    assert speed.pixel_difference(paths) < 1
+    stage = speed.preprocess_stage("small", paths, exact=True, folder=tmp_path)
+    stage.reference()
+    stage.ours()
+    written = np.load(tmp_path / "small.npy.part")
+    saved = np.asarray(Image.open(tmp_path / "again.jpg").resize((224, 224), 2)).astype(float)
+    assert np.abs(written[-1] - saved).mean() < 3  # but for the reference's second compression
+    device = torch.device("cpu")
+    plain, ours = (network.eval() for network in speed.make_chipnets("regnet_tiny", device))
+    assert not any(isinstance(m, models.SmallMapConv2d) for m in plain.modules())
+    image = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        one_by_one = torch.stack([speed.chips_one_by_one(plain, one) for one in image])
+        assert torch.allclose(one_by_one, ours.embed(image), atol=1e-4)
+    stage = speed.augment_stage(3)
+    for batch in (stage.reference(), stage.ours()):
+        assert (batch.shape, batch.dtype) == ((3, 3, 224, 224), torch.float32)
+        assert -3 < batch.min() < batch.max() < 3
+
+
+def test_speed_table(monkeypatch):
+    monkeypatch.setattr(speed, "seconds_of", lambda call, device: call())
+    stage = speed.Stage("nap", 10, lambda: 0.4, lambda: 0.1, lambda: 0.05)
+    table = speed.measure([stage], 3, torch.device("cpu"))
+    assert speed.markdown(table, {"ratio": 2}) == (
+        "| stage | reference | ours | limit | ratio | of limit |\n|---|---|---|---|---|---|\n"
+        "| nap | 25.0 | 100.0 | 200.0 | 4.00 | 0.5 |"
+    )

@@ -95,6 +95,10 @@ def test_fast_decoding_is_close_to_exact(tmp_path):
     fast, size = util.read_square(tmp_path / "a.jpg", 64)
     exact, _ = util.read_square(tmp_path / "a.jpg", 64, exact=True)
     assert size == (1200, 800)
+    plain = Image.open(tmp_path / "a.jpg").convert("RGB")
+    plain = plain.resize((64, 64), Image.Resampling.BILINEAR, box=(200, 0, 1000, 800))
+    assert (exact == np.asarray(plain)).all()
+    assert (fast != exact).any()
     assert np.abs(fast.astype(float) - exact).mean() < 1.0
 
 
