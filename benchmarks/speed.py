@@ -385,7 +385,7 @@ def pixel_difference(paths: list[Path]) -> float:
 
 
 def peak_of(*words) -> tuple[float, float]:
-    """Seconds and peak memory (MB) of a command of this repository, its workers included."""
+    """Seconds of a command of this repository, and peak memory (MB) of its largest process."""
     code = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, "
         "stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL); "
