@@ -239,7 +239,7 @@ class Cropper:
                     util.run_threads(self.cut, items, args.workers, bar)
                     progress.add(chunk, np.ones((len(chunk), 1)))
 
-    def finish(self, groups: list) -> pd.DataFrame:
+    def finish(self, groups: list) -> None:
         """Give the arrays their names and write the table of boxes."""
         maps = None if self.maps is None else self.maps.view()
         for row in range(len(self.table)):  # those of an earlier call are found again

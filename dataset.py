@@ -339,12 +339,9 @@ def train_loader(
     """
     epoch = Epoch(images, draw_order(images.target, sampler, seed), seed)
     part, parts = share
-    ends = (min(start + batch_size, len(epoch)) for start in range(0, len(epoch), batch_size))
-    batches = [
-        list(range(start + part, end, parts))
-        for start, end in zip(range(0, len(epoch), batch_size), ends, strict=True)
-        if end - start >= parts
-    ]
+    places = range(len(epoch))
+    whole = [places[start : start + batch_size] for start in range(0, len(epoch), batch_size)]
+    batches = [list(batch[part::parts]) for batch in whole if len(batch) >= parts]
     return make_loader(epoch, workers, batch_sampler=batches)
 
 

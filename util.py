@@ -365,6 +365,14 @@ def array_path(directory: Path, split: str, size: int) -> Path:
     return directory / f"{split}_{size}.npy"
 
 
+def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """What a .npy file of that content begins with."""
+    header = io.BytesIO()
+    kind = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, kind)
+    return header.getvalue()
+
+
 class PartialArray:
     """An array on disk that is filled row by row; it lies at PATH.part until finish().
 
@@ -375,10 +383,8 @@ class PartialArray:
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype=np.uint8):
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
-        header = io.BytesIO()
-        kind = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(header, kind)
-        self.offset = len(header.getvalue())
+        header = npy_header(self.dtype, shape)
+        self.offset = len(header)
         self.row_bytes = self.dtype.itemsize * math.prod(shape[1:])
         size = self.offset + shape[0] * self.row_bytes
         if path.exists() and not part_of(path).exists():
@@ -393,7 +399,7 @@ class PartialArray:
                     "make room or pass another --output_dir"
                 )
             os.truncate(self._file.fileno(), size)
-            os.pwrite(self._file.fileno(), header.getvalue(), 0)
+            os.pwrite(self._file.fileno(), header, 0)
 
     def write(self, row: int, values: np.ndarray) -> None:
         """Write a row; safe from several threads and processes."""
@@ -420,9 +426,7 @@ class PartialArray:
             return
         view = self.view()
         with atomic(self.path) as temporary, open(temporary, "wb") as file:
-            kind = {"descr": self.dtype.str, "fortran_order": False}
-            kind["shape"] = (len(rows), *self.shape[1:])
-            np.lib.format.write_array_header_1_0(file, kind)
+            file.write(npy_header(self.dtype, (len(rows), *self.shape[1:])))
             for row in rows:
                 file.write(view[row])
 
@@ -545,8 +549,9 @@ def index_images(image_dir: Path) -> dict[str, Path]:
 
 
 # Pillow would return the memory of every large image to the system and have it zeroed anew for the
-# next: half of the time of a full decode. Blocks are of 16 MB; 24 megapixels take six.
-Image.core.set_blocks_max(8 * (os.cpu_count() or 1))
+# next. Blocks are of 16 MB; 24 megapixels take six.
+PILLOW_BLOCKS = 8 * (os.cpu_count() or 1)
+Image.core.set_blocks_max(PILLOW_BLOCKS)
 
 
 def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:

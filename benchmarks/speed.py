@@ -44,7 +44,6 @@ from localize import Box, widen
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 224
 BATCH = 16  # images through ChipNet at a time on a CPU
-BLOCKS = 8 * (os.cpu_count() or 1)  # of memory that Pillow keeps, as util sets it
 
 
 @dataclass
@@ -83,7 +82,7 @@ def forgetful(function: Callable) -> Callable:
         try:
             return function()
         finally:
-            Image.core.set_blocks_max(BLOCKS)
+            Image.core.set_blocks_max(util.PILLOW_BLOCKS)
 
     return call
 
