@@ -1,7 +1,9 @@
 """Arrays and tables as tensors: metadata encoder, augmentation, dataset and samplers.
 
-Images come out as uint8 (3, S, S); networks normalise them on their own device. Test-time views
-are exact symmetries of a batch and live with the networks (models.dihedral).
+Images come out as uint8 (3, S, S); networks normalise them on their own device. Loader processes
+augment them one by one (ImageDataset), or the device that trains does it batch by batch
+(DeviceImages). Test-time views are exact symmetries of a batch and live with the networks
+(models.dihedral).
 """
 
 import os
@@ -13,14 +15,18 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, default_collate
+from tqdm import tqdm
 
-from util import Rows, open_maps
+from util import InputError, Rows, chunked, open_maps
 
 META_COLUMNS = ("sex", "age_approx", "anatom_site_general_challenge")
 MISSING, UNKNOWN = "missing", "unknown"
 JITTER_SCALE, JITTER_SHIFT = (0.9, 1.25), 0.1  # of a box's side, while training on crops
 WHOLE_SHARE = 0.1  # of the crops in training that are the whole image instead
+HAIR_COLOR = (75, 60, 52)  # at its lightest
+LUMA = np.array([0.299, 0.587, 0.114])
 
 
 class MetaEncoder:
@@ -111,16 +117,30 @@ class DrawHair(A.ImageOnlyTransform):
             cv2.polylines(overlay, [points], False, opacity, 1, cv2.LINE_AA, shift=4)
         return overlay
 
-    def get_params(self) -> dict:
-        """Draw an overlay, its symmetry and its colour, a dark brown."""
-        shade = self.py_random.uniform(0.3, 1)
+    def draw(self, rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+        """Draw n overlays with their symmetries, and colours (n, 3), a dark brown."""
         return {
-            "overlay": self.py_random.randrange(self.bank_size),
-            "symmetry": self.py_random.randrange(8),
-            "color": [75 * shade, 60 * shade, 52 * shade],
+            "overlay": rng.integers(self.bank_size, size=n),
+            "symmetry": rng.integers(8, size=n),
+            "color": rng.uniform(0.3, 1, (n, 1)) * HAIR_COLOR,
         }
 
-    def apply(self, img: np.ndarray, overlay: int, symmetry: int, color: list, **_) -> np.ndarray:
+    def get_params(self) -> dict:
+        """Draw for one image."""
+        return {key: drawn[0] for key, drawn in self.draw(self.random_generator, 1).items()}
+
+    def dense_bank(self) -> torch.Tensor:
+        """Opacity of every overlay in its 8 symmetries, 0..255: uint8 (8 * bank_size, size, size).
+
+        Symmetry s of overlay i is at 8 * i + s.
+        """
+        plain = torch.zeros(self.bank_size, self.size, self.size, dtype=torch.uint8)
+        for overlay, (y, x, alpha) in zip(plain, self.bank, strict=True):
+            overlay[y, x] = torch.from_numpy(np.rint(255 * alpha[:, 0]).astype(np.uint8))
+        turned = [plain.rot90(turns, (1, 2)) for turns in range(4)]
+        return torch.stack([*turned, *(view.mT for view in turned)], dim=1).flatten(0, 1)
+
+    def apply(self, img: np.ndarray, overlay: int, symmetry: int, color, **_) -> np.ndarray:
         """Blend one overlay into a uint8 (size, size, 3) image."""
         y, x, alpha = self.bank[overlay]
         for _turn in range(symmetry % 4):
@@ -132,32 +152,45 @@ class DrawHair(A.ImageOnlyTransform):
         return hairy
 
 
+def color_maps(bright: np.ndarray, contrast: np.ndarray, saturation: np.ndarray) -> np.ndarray:
+    """Factors (n, 1, 1) as linear maps (n, 3, 4) of colours and the mean grey of their image."""
+    mix = saturation * np.eye(3) + (1 - saturation) * LUMA
+    grey = np.broadcast_to((1 - contrast) * bright, (len(mix), 3, 1))
+    return np.concatenate([bright * contrast * mix, grey], axis=2)
+
+
 class TurnAndTint(A.DualTransform):
-    """A mirror image or not, turned by any angle, moved, and brighter, darker, duller or gaudier.
+    """A square image or its mirror image, turned by any angle, moved, and tinted: brighter, darker,
+    duller or gaudier.
 
     All of it takes two passes over the pixels: one affine map, mirrored at the border, and one
     matrix on the colours, without a clip between brightness, contrast and saturation.
     """
 
-    LUMA = np.array([0.299, 0.587, 0.114])
-
     def __init__(self, shift: int = 0, tint: float = 0.2):
         super().__init__(p=1.0)
         self.shift, self.tint = shift, tint
 
+    def draw_places(self, rng: np.random.Generator, n: int, size: int) -> np.ndarray:
+        """Draw affine maps of pixels (n, 2, 3) as OpenCV takes them: from old to new places."""
+        angle, mirror = rng.uniform(-np.pi, np.pi, n), rng.choice([-1, 1], n)
+        cos, sin = np.cos(angle), np.sin(angle)
+        turn = np.stack([mirror * cos, sin, -mirror * sin, cos], axis=1).reshape(n, 2, 2)
+        centre = (size - 1) / 2  # a vertical flip is a horizontal one turned by half a circle
+        moved = centre + rng.uniform(-self.shift, self.shift, (n, 2)) - centre * turn.sum(axis=2)
+        return np.concatenate([turn, moved[:, :, None]], axis=2)
+
+    def draw_colors(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """Draw brightness, contrast and saturation: maps (n, 3, 4) of (red, green, blue, the mean
+        grey of the image) to new colours."""
+        factors = rng.uniform(1 - self.tint, 1 + self.tint, (3, n, 1, 1))
+        return color_maps(*factors)
+
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         """Draw both matrices: place (2, 3) and color (3, 4), as OpenCV takes them."""
-        height, width = params["shape"][:2]
-        draw = self.py_random.uniform
-        place = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), draw(-180, 180), 1.0)
-        place[:, 2] += draw(-self.shift, self.shift), draw(-self.shift, self.shift)
-        if draw(0, 1) < 0.5:  # a vertical flip is this one turned by 180 degrees
-            place = place @ np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]])
-        bright, contrast, saturation = (draw(1 - self.tint, 1 + self.tint) for _ in range(3))
-        grey = self.LUMA @ cv2.mean(data["image"])[:3]
-        mix = saturation * np.eye(3) + (1 - saturation) * self.LUMA
-        offset = np.full((3, 1), (1 - contrast) * bright * grey)
-        color = np.concatenate([bright * contrast * mix, offset], axis=1)
+        place = self.draw_places(self.random_generator, 1, params["shape"][0])[0]
+        color = self.draw_colors(self.random_generator, 1)[0]
+        color[:, 3] *= LUMA @ cv2.mean(data["image"])[:3]
         return {"place": place, "color": color.astype(np.float32)}
 
     def _move(self, raster: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -209,16 +242,23 @@ class Jittered:
     def __init__(self, wide: Stored, whole: Stored, place: np.ndarray, size: int):
         self.wide, self.whole, self.place, self.size = wide, whole, place, size
 
+    def draw(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """New boxes of some rows in their wide crops, as `place` (n, 3); a side of 0 stands for
+        the whole image."""
+        corner, side = self.place[rows, :2], self.place[rows, 2:]
+        new = np.minimum(side * rng.uniform(*JITTER_SCALE, side.shape), 1)
+        shift = rng.uniform(-JITTER_SHIFT, JITTER_SHIFT, corner.shape) * side
+        corner = np.clip(corner + (side - new) / 2 + shift, 0, 1 - new)
+        whole = rng.random(side.shape) < WHOLE_SHARE
+        return np.where(whole, 0, np.hstack([corner, new]))
+
     def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
         """A new crop of a row: uint8 (size, size, 3)."""
-        if rng.random() < WHOLE_SHARE:
+        box = self.draw(np.array([row]), rng)[0]
+        if box[2] == 0:
             return self.whole(row, rng)
         picture = self.wide(row, rng)
-        x, y, side = self.place[row]
-        new = min(side * rng.uniform(*JITTER_SCALE), 1)
-        shift = rng.uniform(-JITTER_SHIFT, JITTER_SHIFT, 2) * side
-        corner = np.clip(np.array([x, y]) + (side - new) / 2 + shift, 0, 1 - new)
-        left, top, span = np.rint(np.array([*corner, new]) * len(picture)).astype(int)
+        left, top, span = np.rint(box * len(picture)).astype(int)
         cut = picture[top : top + span, left : left + span]
         how = cv2.INTER_AREA if len(cut) > self.size else cv2.INTER_LINEAR
         return cv2.resize(cut, (self.size, self.size), interpolation=how)
@@ -234,11 +274,16 @@ class Guide:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_maps": None}
 
-    def __call__(self, row: int, size: int) -> np.ndarray:
-        """Map of a row, enlarged to its image: float32 (size, size)."""
+    @property
+    def maps(self) -> np.ndarray:
+        """Maps of all rows: float32 (n_rows, h, w)."""
         if self._maps is None:
             self._maps = open_maps(self.path, self.n_rows)
-        return cv2.resize(self._maps[row], (size, size), interpolation=cv2.INTER_LINEAR)
+        return self._maps
+
+    def __call__(self, row: int, size: int) -> np.ndarray:
+        """Map of a row, enlarged to its image: float32 (size, size)."""
+        return cv2.resize(self.maps[row], (size, size), interpolation=cv2.INTER_LINEAR)
 
     def shrink(self, raster: np.ndarray) -> np.ndarray:
         """The map as attention: float32 (grid, grid) that sums to 1."""
@@ -286,6 +331,10 @@ class ImageDataset(Dataset):
             return item
         return *item, torch.from_numpy(self.guide.shrink(done[0]["mask"]))
 
+    def epoch(self, order: np.ndarray, seed: int) -> "Epoch":
+        """The draws of a training epoch."""
+        return Epoch(self, order, seed)
+
 
 def one_thread(worker_id: int) -> None:
     """Keep OpenCV in a loader worker from starting threads of its own."""
@@ -310,6 +359,166 @@ class Epoch(Dataset):
         return self.images[self.order[position]]
 
 
+# ---------------------------------------------------------------- a data set on a device
+def resize_weights(start: torch.Tensor, span: torch.Tensor, size: int, width: int) -> torch.Tensor:
+    """Weights (n, size, width) that resize pixels start..start + span of a line of `width`.
+
+    start, span: (n,). Mean over areas where the cut is wider than size, else linear, as OpenCV.
+    """
+    start, span = start.view(-1, 1, 1), span.view(-1, 1, 1)
+    step = span / size
+    new = torch.arange(size, device=start.device).view(-1, 1)
+    old = torch.arange(width, device=start.device) - start
+    overlap = torch.minimum((new + 1) * step, old + 1) - torch.maximum(new * step, old)
+    centre = torch.minimum(((new + 0.5) * step - 0.5).clamp_min(0), span - 1)
+    weights = torch.where(span > size, overlap / step, 1 - (centre - old).abs())
+    return weights.clamp_min(0)
+
+
+class DeviceImages(Dataset):
+    """An ImageDataset that lies on a device as a whole and is augmented there, batch by batch.
+
+    It draws from the distributions of the ImageDataset's transform and sources, and does the same
+    to the pixels but for rounding. Raises InputError where it does not fit on the device.
+    """
+
+    def __init__(self, images: ImageDataset, device: torch.device):
+        self.rows, self.target, self.sources = images.rows, images.target, images.sources
+        self.device, self.guide, self.arrays = device, images.guide, {}
+        for source in self.sources:
+            for part in (source.wide, source.whole) if isinstance(source, Jittered) else (source,):
+                if part.images.path not in self.arrays:
+                    self.arrays[part.images.path] = self._copy(part.images)
+        self.meta = torch.from_numpy(images.meta).to(device)
+        self.labels = torch.tensor(self.target, dtype=torch.float32, device=device)
+        self.transforms = images.transform.transforms  # those of train_transform, or none
+        if self.transforms:
+            bank = self.transforms[0].dense_bank()
+            self.hair = torch.cat([bank, torch.zeros_like(bank[:1])]).to(device)  # the last: bald
+        if self.guide is not None:
+            self.maps = torch.from_numpy(self.guide.maps[self.rows]).to(device)
+
+    def _copy(self, images: Rows) -> torch.Tensor:
+        shape = len(self.rows), *images[self.rows[0]].shape
+        try:
+            copy = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"{images.path} does not fit on {self.device}; pass --loader workers"
+            ) from None
+        with tqdm(total=len(copy), desc=f"reading {images.path}", leave=False) as bar:
+            for chunk in chunked(np.arange(len(copy)), None):
+                copy[chunk[0] : chunk[-1] + 1] = torch.from_numpy(images[self.rows[chunk]])
+                bar.update(len(chunk))
+        return copy
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, items: list[int]) -> tuple[torch.Tensor, ...]:
+        """A batch as it was stored."""
+        items = torch.tensor(items, device=self.device)
+        image = torch.cat([self.stored(source, items) for source in self.sources], dim=1)
+        return image, self.meta[items], self.labels[items]
+
+    def stored(self, source: Stored, items: torch.Tensor) -> torch.Tensor:
+        """Pictures of some items: uint8 (n, 3, S, S)."""
+        return self.arrays[source.images.path][items].permute(0, 3, 1, 2)
+
+    def epoch(self, order: np.ndarray, seed: int) -> "DeviceEpoch":
+        """The draws of a training epoch."""
+        return DeviceEpoch(self, order, seed)
+
+    def draw(
+        self, source: Stored | Jittered, order: np.ndarray, rng: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
+        """Draw the augmentation of the pictures of an epoch, (n, ...) each."""
+        (hair, tint), n = self.transforms, len(order)
+        overlay = hair.draw(rng, n)
+        which = 8 * overlay["overlay"] + overlay["symmetry"]
+        place = np.tile(np.eye(3), (n, 1, 1))
+        place[:, :2] = tint.draw_places(rng, n, hair.size)
+        half = (hair.size - 1) / 2
+        pixels = np.array([[half, 0, half], [0, half, half], [0, 0, 1]])  # of -1..1
+        drawn = {
+            "hair": np.where(rng.random(n) < hair.p, which, -1),
+            "hair_color": overlay["color"],
+            "origin": (np.linalg.inv(place @ pixels) @ pixels)[:, :2],  # as affine_grid takes it
+            "color": tint.draw_colors(rng, n),
+        }
+        if isinstance(source, Jittered):
+            drawn["box"] = source.draw(self.rows[order], rng)
+        whole_numbers = {"hair": drawn.pop("hair")}
+        drawn = {key: part.astype(np.float32) for key, part in drawn.items()} | whole_numbers
+        return {key: torch.from_numpy(part).to(self.device) for key, part in drawn.items()}
+
+    def pictures(
+        self, source: Stored | Jittered, items: torch.Tensor, drawn: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """Pictures of some items, jittered as drawn: (n, 3, S, S), 0..255."""
+        if isinstance(source, Stored):
+            return self.stored(source, items)
+        wide, whole = self.stored(source.wide, items), self.stored(source.whole, items)
+        width = wide.shape[-1]
+        left, top, span = (drawn["box"] * width).round().unbind(1)
+        is_whole = span == 0
+        span = torch.where(is_whole, width, span)
+        across = resize_weights(left, span, source.size, width).unsqueeze(1)
+        down = resize_weights(top, span, source.size, width).unsqueeze(1)
+        crop = down @ wide.float() @ across.mT
+        return torch.where(is_whole.view(-1, 1, 1, 1), whole, crop)
+
+    def augment(
+        self, picture: torch.Tensor, raster: torch.Tensor | None, drawn: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hair, place and colours as drawn: pictures uint8 (n, 3, S, S), and a raster
+        (n, 1, S, S) moved along."""
+        picture = picture.float()
+        opacity = self.hair[drawn["hair"]].unsqueeze(1) / 255
+        picture = picture + opacity * (drawn["hair_color"][..., None, None] - picture)
+        mix, by_grey = drawn["color"].split((3, 1), dim=2)
+        grey = picture.mean(dim=(2, 3)) @ torch.from_numpy(LUMA).to(picture)
+        layers = picture if raster is None else torch.cat([picture, raster], dim=1)
+        grid = F.affine_grid(drawn["origin"], layers.shape, align_corners=True)
+        moved = F.grid_sample(layers, grid, padding_mode="reflection", align_corners=True)
+        tinted = torch.einsum("nij,njyx->niyx", mix, moved[:, :3])
+        tinted += (by_grey * grey.view(-1, 1, 1)).unsqueeze(3)
+        return tinted.round_().clamp_(0, 255).byte(), moved[:, 3:]
+
+
+class DeviceEpoch(Dataset):
+    """Epoch for DeviceImages: all is drawn from the seed at once, batches are put together there.
+
+    So neither the size of the batches nor the number of processes changes what is drawn.
+    """
+
+    def __init__(self, images: DeviceImages, order: np.ndarray, seed: int):
+        self.images, self.order = images, torch.from_numpy(order).to(images.device)
+        rng = np.random.default_rng(seed)
+        self.draws = [images.draw(source, order, rng) for source in images.sources]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitems__(self, positions: list[int]) -> tuple[torch.Tensor, ...]:
+        images, positions = self.images, torch.tensor(positions, device=self.order.device)
+        items, raster, pictures = self.order[positions], None, []
+        if images.guide is not None:
+            size = images.transforms[0].size
+            maps = images.maps[items].unsqueeze(1)
+            raster = F.interpolate(maps, (size, size), mode="bilinear")
+        for source, draws in zip(images.sources, self.draws, strict=True):
+            drawn = {key: part[positions] for key, part in draws.items()}
+            done, moved = images.augment(images.pictures(source, items, drawn), raster, drawn)
+            pictures.append(done)
+        batch = torch.cat(pictures, dim=1), images.meta[items], images.labels[items]
+        if raster is None:
+            return batch
+        guide = F.adaptive_avg_pool2d(moved.squeeze(1), images.guide.grid)
+        return *batch, guide / guide.sum(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+
+
+# ---------------------------------------------------------------- loaders
 def draw_order(target: np.ndarray, sampler: str, seed: int) -> np.ndarray:
     """Items of an epoch, shuffled: "shuffle" takes each once, "balanced" each of the larger class
     once and as many draws from the smaller one."""
@@ -325,7 +534,7 @@ def draw_order(target: np.ndarray, sampler: str, seed: int) -> np.ndarray:
 
 
 def train_loader(
-    images: ImageDataset,
+    images: "ImageDataset | DeviceImages",
     batch_size: int,
     sampler: str,
     workers: int,
@@ -337,7 +546,7 @@ def train_loader(
     share: (i, n) takes every n-th image of each batch, from the i-th; a last batch of fewer than n
     images is left out.
     """
-    epoch = Epoch(images, draw_order(images.target, sampler, seed), seed)
+    epoch = images.epoch(draw_order(images.target, sampler, seed), seed)
     part, parts = share
     places = range(len(epoch))
     whole = [places[start : start + batch_size] for start in range(0, len(epoch), batch_size)]
@@ -345,12 +554,21 @@ def train_loader(
     return make_loader(epoch, workers, batch_sampler=batches)
 
 
+def collate(items: list | tuple) -> list | tuple:
+    """A batch of items; what DeviceImages puts together is one already."""
+    return items if isinstance(items, tuple) else default_collate(items)
+
+
 def make_loader(images: Dataset, workers: int, **batches) -> DataLoader:
-    """Loader in the order of a dataset; `batches` are DataLoader's batch_size or batch_sampler."""
+    """Loader in the order of a dataset; `batches` are DataLoader's batch_size or batch_sampler.
+
+    DeviceImages take no workers.
+    """
     return DataLoader(
         images,
         num_workers=workers,
         worker_init_fn=one_thread,
-        pin_memory=torch.cuda.is_available(),
+        collate_fn=collate,
+        pin_memory=workers > 0 and torch.cuda.is_available(),
         **batches,
     )

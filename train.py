@@ -98,6 +98,8 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
         settings.crop_dir = args.data_dir / "crops" / "saliency"
     if settings.crop_dir is None:
         settings.jitter = None
+    if settings.loader == "device":
+        settings.workers = 0
     if settings.guide is None:
         settings.guide_weight = None
     elif recipe.network is not models.ChipNet:
@@ -689,6 +691,8 @@ def run_fold(
 ) -> None:
     """Train fold k, predict its held-out rows and the test images, and add them to the run."""
     images, encoder = make_datasets(k, settings, data, crop)
+    if settings.loader == "device":
+        images = {part: dataset.DeviceImages(some, device) for part, some in images.items()}
     torch.manual_seed(epoch_seed(settings.seed, k, 0))  # initial weights
     spec = make_spec(settings, data.size, encoder.dim)
     trainer = Trainer(settings, spec, fold_weights(settings, data, k), device, team)
@@ -826,6 +830,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     run.add_argument("--tta", type=int, choices=(1, 2, 4, 8), default=8, help="views to average")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision")
+    run.add_argument("--loader", choices=("workers", "device"), default="workers",
+                     help="device: keep all images there and augment them there")  # fmt: skip
     run.add_argument("--workers", type=util.number(int, 0), default=min(os.cpu_count() or 1, 8),
                      help="loader processes")  # fmt: skip
     run.add_argument("--resume", action="store_true", help="go on with an interrupted run")

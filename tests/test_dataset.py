@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import kstest
+from torch.utils.data import Subset
 from torchvision.transforms.v2 import functional
 
 import dataset
@@ -151,17 +153,14 @@ def test_order_of_an_epoch():
         dataset.draw_order(np.zeros(3), "balanced", seed=0)
 
 
-def test_turn_and_tint_is_pillows_and_torchvisions_within_rounding():
+def test_turn_and_tint_is_numpys_and_torchvisions_within_rounding():
     rng = np.random.default_rng(0)
     image = cv2.resize(rng.integers(80, 170, (8, 8, 3), dtype=np.uint8), (64, 64))
-    transform = dataset.TurnAndTint(tint=0.2)
     place = np.array([[0.0, 1, 0], [-1, 0, 63]])  # a quarter turn
     bright, contrast, saturation = 1.1, 0.85, 1.2
-    draws = iter([90, 0, 0, 1, bright, contrast, saturation])
-    transform.py_random = SimpleNamespace(uniform=lambda low, high: next(draws))
-    params = transform.get_params_dependent_on_data({"shape": image.shape}, {"image": image})
-    assert np.allclose(params["place"], place)
-    done = transform.apply(image, **params).astype(int)
+    color = dataset.color_maps(*np.array([bright, contrast, saturation]).reshape(3, 1, 1, 1))[0]
+    color[:, 3] *= dataset.LUMA @ image.mean(axis=(0, 1))
+    done = dataset.TurnAndTint().apply(image, place, color.astype(np.float32)).astype(int)
     tv = torch.from_numpy(image).permute(2, 0, 1) / 255
     for step, factor in (
         (functional.adjust_brightness, bright),
@@ -195,3 +194,124 @@ def test_turn_and_tint_draws_the_whole_circle_both_ways_and_moves_guides_along()
     assert 0.4 < np.mean(mirrored) < 0.6
     assert min(levels) < 150
     assert max(levels) > 220
+
+
+# ---------------------------------------------------------------- a data set on a device
+@pytest.fixture
+def on_device(tmp_path):
+    """Whole images, their wide crops, a guide and 12 rows of them, to be kept on a device."""
+    rng = np.random.default_rng(0)
+
+    def draw(size):
+        coarse = rng.integers(30, 220, (12, 8, 8, 3), dtype=np.uint8)
+        return np.stack([cv2.resize(image, (size, size)) for image in coarse])
+
+    np.save(tmp_path / "whole.npy", draw(64))
+    np.save(tmp_path / "wide.npy", draw(90))
+    np.save(tmp_path / "maps.npy", rng.random((12, 14, 14), dtype=np.float32))
+    whole, wide = (dataset.Stored(tmp_path / f"{name}.npy", 12) for name in ("whole", "wide"))
+    jittered = dataset.Jittered(wide, whole, np.tile([13 / 90, 13 / 90, 64 / 90], (12, 1)), 64)
+    guide = dataset.Guide(tmp_path / "maps.npy", 12, grid=2)
+
+    def make(*sources, guide=None):
+        rows = np.arange(12)
+        images = ImageDataset(sources, rows, rows[:, None], rows % 3 == 0, guide=guide)
+        images.transform = dataset.train_transform(64, shift=8)
+        return images, dataset.DeviceImages(images, torch.device("cpu"))
+
+    return SimpleNamespace(whole=whole, jittered=jittered, guide=guide, make=make)
+
+
+def place_of(origin):
+    """What affine_grid takes as the map of pixels that OpenCV takes."""
+    pixels = np.array([[31.5, 0, 31.5], [0, 31.5, 31.5], [0, 0, 1]])
+    return (pixels @ np.linalg.inv([*origin.tolist(), [0, 0, 1]]) @ np.linalg.inv(pixels))[:2]
+
+
+def test_a_device_does_to_pixels_what_workers_do(on_device):
+    images, resident = on_device.make(on_device.whole, guide=on_device.guide)
+    hair, turn = images.transform.transforms
+    epoch = resident.epoch(np.arange(12)[::-1].copy(), seed=3)
+    pictures, meta, target, guides = epoch.__getitems__(list(range(12)))
+    assert meta[:, 0].tolist() == list(range(12))[::-1]
+    assert target.tolist() == [float(row % 3 == 0) for row in range(12)][::-1]
+    bald = 0
+    for i, row in enumerate(range(11, -1, -1)):
+        drawn = {key: part[i] for key, part in epoch.draws[0].items()}
+        picture, which = on_device.whole(row, None), int(drawn["hair"])
+        bald += which < 0
+        if which >= 0:
+            picture = hair.apply(picture, which // 8, which % 8, drawn["hair_color"].numpy())
+        color, place = drawn["color"].numpy().copy(), place_of(drawn["origin"])
+        color[:, 3] *= dataset.LUMA @ picture.mean(axis=(0, 1))
+        expected = turn.apply(picture, place, color).astype(int)
+        assert np.abs(expected - pictures[i].permute(1, 2, 0).numpy()).max() <= 1
+        raster = turn.apply_to_mask(on_device.guide(row, 64), place)
+        assert np.allclose(guides[i], on_device.guide.shrink(raster), atol=2e-3)
+    assert 2 <= bald <= 10
+
+
+def test_a_device_cuts_jittered_crops_as_workers_do(on_device):
+    _, resident = on_device.make(on_device.jittered)
+    boxes = on_device.jittered.draw(np.arange(12), np.random.default_rng(1))
+    boxes[3] = 0  # the whole image
+    drawn = {"box": torch.from_numpy(boxes).float()}
+    cut = resident.pictures(on_device.jittered, torch.arange(12), drawn)
+    spans = set()
+    for row, box in enumerate(boxes):
+        left, top, span = np.rint(box * 90).astype(int)
+        expected = on_device.whole(row, None)
+        if span:
+            spans.add(span > 64)
+            picture = on_device.jittered.wide(row, None)[top : top + span, left : left + span]
+            how = cv2.INTER_AREA if span > 64 else cv2.INTER_LINEAR
+            expected = cv2.resize(picture, (64, 64), interpolation=how)
+        assert np.abs(expected - cut[row].permute(1, 2, 0).numpy()).max() <= 1
+    assert spans == {True, False}
+
+
+def test_a_device_draws_from_the_distribution_of_the_workers(on_device):
+    images, resident = on_device.make(on_device.whole, on_device.jittered)
+    order = np.zeros(600, int)
+    both = []
+    for part in (images, resident):
+        loader = dataset.make_loader(part.epoch(order, 0), 0, batch_size=60)
+        both.append(torch.cat([image for image, *_ in loader]).float())
+    assert both[0].shape == both[1].shape == (600, 6, 64, 64)
+    for statistic in (
+        lambda x: x.mean(dim=(2, 3)),  # colours
+        lambda x: x.std(dim=(2, 3)),  # contrast
+        lambda x: x.amin(dim=(2, 3)),  # hair
+        lambda x: (x[..., :32] - x[..., 32:]).mean(dim=(2, 3)),  # left against right
+        lambda x: (x[:, :, :32] - x[:, :, 32:]).mean(dim=(2, 3)),
+        lambda x: x[:, :, 32, 32],
+    ):
+        one, two = (statistic(x) for x in both)
+        worst = min(
+            kstest(a, b).pvalue for a, b in zip(one.T.numpy(), two.T.numpy(), strict=True)
+        )
+        assert worst > 0.01
+
+
+def test_epochs_on_a_device_repeat_whatever_the_batches(on_device):
+    _, resident = on_device.make(on_device.whole, on_device.jittered)
+
+    def pictures(seed, batch_size, share=(0, 1)):
+        loader = dataset.train_loader(resident, batch_size, "shuffle", 0, seed, share)
+        return torch.cat([image for image, *_ in loader])
+
+    one = pictures(1, 4)
+    assert torch.equal(one, pictures(1, 6))
+    assert not torch.equal(one, pictures(2, 4))
+    halves = [pictures(1, 4, (rank, 2)) for rank in (0, 1)]
+    assert torch.equal(torch.stack(halves, dim=1).flatten(0, 1), one)
+
+
+def test_images_on_a_device_are_as_stored_for_evaluation(on_device):
+    images, _ = on_device.make(on_device.whole)
+    images.transform = dataset.eval_transform()
+    resident = dataset.DeviceImages(images, torch.device("cpu"))
+    some = Subset(resident, [7, 2])
+    image, meta, target = next(iter(dataset.make_loader(some, 0, batch_size=2)))
+    assert torch.equal(image, torch.stack([images[7][0], images[2][0]]))
+    assert (meta[:, 0].tolist(), target.tolist()) == ([7, 2], [0, 0])
