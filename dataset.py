@@ -7,6 +7,7 @@ augment them one by one (ImageDataset), or the device that trains does it batch 
 """
 
 import os
+import signal
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no version check over the network
 
@@ -336,9 +337,11 @@ class ImageDataset(Dataset):
         return Epoch(self, order, seed)
 
 
-def one_thread(worker_id: int) -> None:
-    """Keep OpenCV in a loader worker from starting threads of its own."""
+def start_worker(worker_id: int) -> None:
+    """Keep OpenCV in a loader process from starting threads, and leave signals to the trainer."""
     cv2.setNumThreads(0)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Epoch(Dataset):
@@ -540,18 +543,19 @@ def train_loader(
     workers: int,
     seed: int,
     share: tuple[int, int] = (0, 1),
+    start: int = 0,
 ) -> DataLoader:
     """Loader of one training epoch; `seed` fixes its order and augmentation.
 
     share: (i, n) takes every n-th image of each batch, from the i-th; a last batch of fewer than n
-    images is left out.
+    images is left out. start: number of the first batch.
     """
     epoch = images.epoch(draw_order(images.target, sampler, seed), seed)
     part, parts = share
     places = range(len(epoch))
     whole = [places[start : start + batch_size] for start in range(0, len(epoch), batch_size)]
     batches = [list(batch[part::parts]) for batch in whole if len(batch) >= parts]
-    return make_loader(epoch, workers, batch_sampler=batches)
+    return make_loader(epoch, workers, batch_sampler=batches[start:])
 
 
 def collate(items: list | tuple) -> list | tuple:
@@ -567,7 +571,7 @@ def make_loader(images: Dataset, workers: int, **batches) -> DataLoader:
     return DataLoader(
         images,
         num_workers=workers,
-        worker_init_fn=one_thread,
+        worker_init_fn=start_worker,
         collate_fn=collate,
         pin_memory=workers > 0 and torch.cuda.is_available(),
         **batches,

@@ -9,8 +9,10 @@ References:
     Guan et al., Diagnose like a Radiologist (AG-CNN), 2018: the fusion of whole image and crop.
 """
 
+import math
 import os
 import pickle
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -223,12 +225,42 @@ class Network(nn.Module):
             return image.float().sub_(255 * self.mean).div_(255 * self.std)
         return (image - self.mean) / self.std
 
-    def param_groups(self, lr: float, head_lr: float) -> list[dict]:
-        """Parameter groups: the backbone at `lr`, everything else but gates at `head_lr`."""
+    def param_groups(
+        self, lr: float, head_lr: float, layer_decay: float | None = None
+    ) -> list[dict]:
+        """Parameter groups: the backbone at `lr`, everything else but gates at `head_lr`.
+
+        layer_decay: factor on `lr` from each layer of a ViT to the one before; the last group of
+        the backbone comes first. Raises ModelError where the backbone is none.
+        """
         body = fsg.weight_parameters(self.backbone)
         ids = {id(p) for p in body}
         rest = [p for p in fsg.weight_parameters(self) if id(p) not in ids]
-        return [{"params": body, "lr": lr}, {"params": rest, "lr": head_lr}]
+        groups = [{"params": body, "lr": lr}]
+        if layer_decay is not None:
+            layers = layers_of(self.backbone, ids)
+            groups = [
+                {"params": layer, "lr": lr * layer_decay**above}
+                for above, layer in enumerate(reversed(layers))
+            ]
+        return [*groups, {"params": rest, "lr": head_lr}]
+
+
+def layers_of(backbone: nn.Module, ids: set[int]) -> list[list[nn.Parameter]]:
+    """Parameters (those of some ids) of a ViT by layer: embeddings, blocks, what follows them."""
+    layers: dict[float, list] = {}
+    place = 0.0
+    for name, parameter in backbone.named_parameters():
+        block = re.match(r"(?:encoder\.layers\.encoder_layer_|blocks\.)(\d+)\.", name)
+        if block:
+            place = int(block[1]) + 1
+        elif place > 0:
+            place = math.inf
+        if id(parameter) in ids:
+            layers.setdefault(place, []).append(parameter)
+    if place == 0:
+        raise ModelError("--layer_decay is for ViTs of torchvision and timm; leave it out")
+    return [layers[place] for place in sorted(layers)]
 
 
 class MetaResNet(Network):

@@ -17,9 +17,11 @@ recipe: focal loss, balanced sampling, Adam, learning rate x 0.95 per epoch, ear
 """
 
 import argparse
+import importlib.util
 import math
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +35,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import distributed
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Subset
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 import dataset
@@ -44,23 +47,34 @@ from dataset import ImageDataset, MetaEncoder
 from util import FOLD, ID, PROB, TARGET, InputError
 
 # what may differ between two calls that train folds of the same run
-FREE_ARGUMENTS = {"fold", "device", "workers", "resume", "overwrite"}
+FREE_ARGUMENTS = {
+    "fold", "device", "workers", "resume", "overwrite", "max_hours", "tensorboard"
+}  # fmt: skip
 LOG_COLUMNS = (
     "fold", "epoch", "train_loss", "valid_loss", "valid_auc", "lr", "seconds", "images_per_second"
 )  # fmt: skip
+UNBEGUN = {"step": 0, "loss_sum": 0.0, "images": 0}  # progress in an epoch
 GATE_DEFAULTS = {"gate_init": "identity", "gate_lr": 1e-3, "gate_l1": 0.0, "routing": "single"}
 GATE_PARTS = 5  # one of so many parts of the training groups is the gates' in held_out
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 PRUNE_SHARES = (0.25, 0.5, 0.75, 0.9)  # of the gates closed, for the prune curve
 PRUNE_ROWS = 128  # held-out images per class that it is measured on
 
 
-def focal_loss(logit: torch.Tensor, target: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
-    """Mean focal loss of logit (N, 1) and target (N,) in {0, 1}; gamma 0 is cross-entropy.
+def focal_loss(
+    logit: torch.Tensor, target: torch.Tensor, gamma: float = 2.0, pos_weight: float = 1.0
+) -> torch.Tensor:
+    """Mean focal loss of logit (N, 1) and target (N,) in 0..1; gamma 0 is cross-entropy.
 
-    Lin et al., Focal Loss for Dense Object Detection, 2017, equation 4.
+    A target between 0 and 1 is that share of a positive's loss and the rest of a negative's.
+    pos_weight: of the positives. Lin et al., Focal Loss for Dense Object Detection, 2017,
+    equation 4.
     """
-    loss = F.binary_cross_entropy_with_logits(logit.squeeze(1), target, reduction="none")
-    return ((1 - torch.exp(-loss)) ** gamma * loss).mean()
+    logit, parts = logit.squeeze(1), []
+    for label in (torch.ones_like(target), torch.zeros_like(target)):
+        loss = F.binary_cross_entropy_with_logits(logit, label, reduction="none")
+        parts.append((1 - torch.exp(-loss)) ** gamma * loss)
+    return (pos_weight * target * parts[0] + (1 - target) * parts[1]).mean()
 
 
 def guide_loss(attention: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
@@ -79,6 +93,18 @@ def lr_factor(schedule: str, epoch: int, epochs: int) -> float:
     if epoch == 1:
         return 0.1
     return 0.5 * (1 + math.cos(math.pi * (epoch - 2) / max(epochs - 1, 1)))
+
+
+def mix_up(parts: list[torch.Tensor], alpha: float) -> list[torch.Tensor]:
+    """A batch in which every image and what belongs to it is mixed with another's.
+
+    The share is drawn from Beta(alpha, alpha). parts: image uint8 (N, C, S, S), which becomes
+    float in 0..1, and further tensors (N, ...). Zhang et al., mixup, 2018.
+    """
+    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    other = torch.randperm(len(parts[0])).to(parts[0].device)
+    parts = [parts[0].float() / 255, *parts[1:]]
+    return [share * part + (1 - share) * part[other] for part in parts]
 
 
 def epoch_seed(seed: int, fold: int, epoch: int) -> int:
@@ -100,6 +126,8 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
         settings.jitter = None
     if settings.loader == "device":
         settings.workers = 0
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs a package: pip install tensorboard")
     if settings.guide is None:
         settings.guide_weight = None
     elif recipe.network is not models.ChipNet:
@@ -241,12 +269,17 @@ def pick_rows(target: np.ndarray, rows: np.ndarray, limit: int | None) -> np.nda
 
 
 # ---------------------------------------------------------------- the run directory
+def run_dir_of(settings: argparse.Namespace) -> Path:
+    """Where a run is kept."""
+    return settings.runs_dir / settings.name
+
+
 def open_run(settings: argparse.Namespace, config: dict, folds: list[int]) -> tuple[Path, list]:
     """Create or continue a run directory; returns it and the folds still to train.
 
     Raises InputError where the run is finished, was interrupted, or was made differently.
     """
-    run_dir = settings.runs_dir / settings.name
+    run_dir = run_dir_of(settings)
     path = run_dir / "config.json"
     if run_dir.exists() and any(run_dir.iterdir()) and not path.exists():
         raise InputError(f"{run_dir} holds files but no run; pass another --name")
@@ -291,6 +324,14 @@ class Team:
     def leads(self) -> bool:
         """Whether this process is the one that writes."""
         return self.rank == 0
+
+    def mean(self, value: float, device: torch.device) -> float:
+        """Mean of the processes' values."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=device)
+        distributed.all_reduce(total)
+        return total.item() / self.size
 
     def gather(self, prob: np.ndarray, n_rows: int) -> np.ndarray:
         """Probabilities of all rows (n_rows,) from every process's share of them."""
@@ -340,6 +381,15 @@ def write_log(run_dir: Path, row: dict) -> None:
     rows = [*log.to_dict("records"), row]
     log = pd.DataFrame(rows, columns=LOG_COLUMNS).sort_values(["fold", "epoch"])
     util.write_table(run_dir / "log.csv", log)
+
+
+def open_board(settings: argparse.Namespace, fold: int, epoch: int):
+    """TensorBoard's writer of a fold from an epoch on; None without --tensorboard."""
+    if not settings.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(run_dir_of(settings) / "tensorboard" / f"fold{fold}", purge_step=epoch)
 
 
 def plot_curves(run_dir: Path) -> None:
@@ -429,7 +479,7 @@ def plot_gates(path: Path, model: torch.nn.Module, curve: pd.DataFrame) -> None:
 
 def record_gates(run_dir: Path, fold: int, trainer: "Trainer", valid: ImageDataset) -> None:
     """Prune curve of a fold's best network on held-out images: prune.csv, fold{k}_gates.png."""
-    settings, model = trainer.settings, trainer.model
+    settings, model = trainer.settings, trainer.scored
     chosen = pick_rows(valid.target, np.arange(len(valid)), PRUNE_ROWS)
     some = Subset(valid, chosen.tolist())
     loader = dataset.make_loader(some, workers=0, batch_size=settings.batch_size)
@@ -464,10 +514,49 @@ def record_fold(
 
 
 # ---------------------------------------------------------------- training
-def repeated(loader) -> Iterator:
-    """The batches of a loader over and over."""
+class Watch:
+    """Tells when to stop: a signal (Ctrl-C, SIGTERM) has come, or the hours are over.
+
+    A second signal acts at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, hours: float | None = None):
+        self.hours = hours
+        self.end = math.inf if hours is None else time.monotonic() + 3600 * hours
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> "Watch":
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(number, self._before[number])
+
+    @property
+    def due(self) -> bool:
+        """Whether to stop."""
+        return self.signal is not None or time.monotonic() > self.end
+
+    def stop(self, where: str) -> util.Stopped:
+        """The exception that says so."""
+        why = f"--max_hours {self.hours:g} are over" if self.signal is None else self.signal.name
+        message = f"{why}: stopped in {where}; the same command with --resume goes on"
+        return util.Stopped(message, 3 if self.signal is None else 128 + self.signal)
+
+
+def repeated(loader_from: Callable, start: int) -> Iterator:
+    """The batches of a loader over and over, from any; loader_from: number of the first batch ->
+    loader."""
+    yield from loader_from(start=start % len(loader_from(start=0)))
     while True:
-        yield from loader
+        yield from loader_from(start=0)
 
 
 class Trainer:
@@ -480,11 +569,14 @@ class Trainer:
         weights: str,
         device: torch.device,
         team: Team,
+        watch: Watch,
     ):
-        self.settings, self.spec, self.device, self.team = settings, spec, device, team
+        self.settings, self.spec, self.device = settings, spec, device
+        self.team, self.watch = team, watch
         self.model = models.build_model(spec, weights).to(device)
         adam = partial(torch.optim.Adam, fused=device.type in ("cpu", "cuda"))
-        self.optimizer = adam(self.model.param_groups(settings.lr, settings.head_lr))
+        groups = self.model.param_groups(settings.lr, settings.head_lr, settings.layer_decay)
+        self.optimizer = adam(groups)
         gates, gate_optimizer = fsg.gate_parameters(self.model), None
         mode = settings.routing if gates else "off"
         if gates and mode == "off":
@@ -493,12 +585,21 @@ class Trainer:
             gate_optimizer = adam(gates, lr=settings.gate_lr)
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.routing = fsg.GradientRouting(
-            self.model, self.optimizer, gate_optimizer, mode, self.scaler
-        )
+            self.model, self.optimizer, gate_optimizer, mode, self.scaler,
+            settings.clip_grad, settings.clip_grad,
+        )  # fmt: skip
+        self.average, self.scored = None, self.model
+        if settings.ema is not None:
+            decay = get_ema_multi_avg_fn(settings.ema)
+            self.average = AveragedModel(self.model, multi_avg_fn=decay, use_buffers=True)
+            self.scored = self.average.module
         self.parallel = self.model
         if team.size > 1:
             self.parallel = DistributedDataParallel(self.model)
+        if settings.compile:
+            self.parallel = torch.compile(self.parallel, mode=settings.compile)
         self.progress = {"epoch": 0, "best_epoch": 0, "best_auc": -1.0, "seconds": 0.0}
+        self.progress |= UNBEGUN
 
     @property
     def finished(self) -> bool:
@@ -512,17 +613,18 @@ class Trainer:
         return self.optimizer.param_groups[0]["lr"]
 
     def compute_loss(self, image, meta, target, guide=None) -> torch.Tensor:
-        """Loss of one batch, with what --guide and --gate_l1 add."""
-        with models.autocast(self.device, self.settings.amp):
+        """Loss of a batch or a part of it, with what --guide and --gate_l1 add."""
+        settings = self.settings
+        with models.autocast(self.device, settings.amp):
             if guide is None:
                 logit = self.parallel(image, meta)
             else:
                 logit, attention = self.parallel(image, meta, with_attention=True)
-        loss = LOSSES[self.settings.loss](logit.float(), target)
+        loss = LOSSES[settings.loss](logit.float(), target, pos_weight=settings.pos_weight)
         if guide is not None:
-            loss = loss + self.settings.guide_weight * guide_loss(attention.float(), guide)
-        if self.settings.gate_l1:
-            loss = loss + self.settings.gate_l1 * fsg.gate_penalty(self.model)
+            loss = loss + settings.guide_weight * guide_loss(attention.float(), guide)
+        if settings.gate_l1:
+            loss = loss + settings.gate_l1 * fsg.gate_penalty(self.model)
         return loss
 
     def loss_on(self, batch: list[torch.Tensor], share: float) -> Callable[[], torch.Tensor]:
@@ -531,42 +633,97 @@ class Trainer:
         share: of this process in the batch, over an equal share: the mean of the processes'
         gradients is then that of the whole batch.
         """
+        settings = self.settings
         batch = [part.to(self.device, non_blocking=True) for part in batch]
-        return lambda: share * self.compute_loss(*batch)
+        if settings.mixup:
+            batch = mix_up(batch, settings.mixup)
+        if settings.label_smoothing:
+            batch[2] = batch[2].lerp(torch.full_like(batch[2], 0.5), settings.label_smoothing)
+        n = len(batch[0])
+        parts = list(zip(*(part.tensor_split(settings.accumulate) for part in batch), strict=True))
+        parts = [part for part in parts if len(part[0])]
 
-    def train_epoch(self, loader, description: str, gate_loader=None) -> float:
-        """One pass over a loader; returns the mean loss. Raises InputError where it diverges.
+        def loss() -> torch.Tensor:
+            total = 0.0
+            for i, part in enumerate(parts, 1):
+                part_loss = share * len(part[0]) / n * self.compute_loss(*part)
+                if i < len(parts):  # the last one's gradient is taken by GradientRouting
+                    self.scaler.scale(part_loss).backward()
+                    part_loss = part_loss.detach()
+                total = total + part_loss
+            return total
 
-        gate_loader: batches for the gates' own pass in held_out, as many as the loader has.
+        return loss
+
+    def train_epoch(self, loader, seed: int, description: str, gate_batches=None) -> float:
+        """The steps of an epoch that are still to do; returns the epoch's mean loss.
+
+        gate_batches: endless batches for the gates' own pass in held_out. Raises InputError where
+        the loss is not finite, and util.Stopped when it is time to.
         """
         self.model.train()
-        total, count, left = 0.0, 0, len(loader.dataset)
-        gate_batches = None if gate_loader is None else repeated(gate_loader)
-        bar = tqdm(loader, desc=description, leave=False, unit="batch", disable=not self.team.leads)
+        progress, team, batch_size = self.progress, self.team, self.settings.batch_size
+        before = None  # a step's loss is read one step later, so that a GPU need not wait
+        silent = None if team.leads else True  # None: without a terminal, no bar
+        bar = tqdm(loader, desc=description, leave=False, unit="batch", disable=silent)
         for batch in bar:
-            whole = min(self.settings.batch_size, left)
-            left -= whole
-            losses = [self.loss_on(batch, len(batch[0]) * self.team.size / whole)]
+            step = progress["step"]
+            torch.manual_seed(seed + step * team.size + team.rank)
+            whole = min(batch_size, len(loader.dataset) - step * batch_size)
+            losses = [self.loss_on(batch, len(batch[0]) * team.size / whole)]
             if gate_batches is not None:
                 losses.append(self.loss_on(next(gate_batches), 1.0))
-            loss = self.routing.step(*losses).item()
-            if not math.isfinite(loss):
-                raise InputError(f"{description}: the loss is {loss}; pass a lower --lr, --amp off")
-            total, count = total + loss * whole, count + whole
-        if self.team.size > 1:
-            means = torch.tensor(total / self.team.size, device=self.device)
-            distributed.all_reduce(means)
-            total = means.item()
+            loss = self.routing.step(*losses)
+            if self.average is not None:
+                self.average.update_parameters(self.model)
+            self.count_loss(before, description)
+            before = loss, whole, batch
+            progress["step"] += 1
+            if progress["step"] % (1 if team.size == 1 else 16) == 0 and self.told_to_stop():
+                break
+        self.count_loss(before, description)
+        progress["loss_sum"] = team.mean(progress["loss_sum"], self.device)
+        if self.told_to_stop():
+            raise self.watch.stop(f"{description} after {progress['step']} steps")
+        if team.size > 1:
             for buffer in self.model.buffers():  # the leader's batch norms for all
                 distributed.broadcast(buffer, 0)
-        return total / count
+        return progress["loss_sum"] / progress["images"]
 
-    def predict(self, images: ImageDataset, tta: int = 1) -> np.ndarray:
+    def count_loss(self, step: tuple | None, description: str) -> None:
+        """Add a step (loss, images, batch) to the epoch's loss; where it is not finite, save the
+        batch and raise InputError."""
+        if step is None:
+            return
+        loss, images, batch = step[0].item(), *step[1:]
+        if not math.isfinite(loss):
+            path = run_dir_of(self.settings) / "nonfinite_batch.pt"
+            with util.atomic(path) as temporary:
+                torch.save(batch, temporary)
+            raise InputError(
+                f"{description}: the loss is {loss} (its batch is in {path}); pass a lower --lr, "
+                "--clip_grad or --amp off"
+            )
+        self.progress["loss_sum"] += loss * images
+        self.progress["images"] += images
+
+    def told_to_stop(self) -> bool:
+        """Whether any of the processes is."""
+        return self.team.mean(self.watch.due, self.device) > 0
+
+    def watched(self, loader) -> Iterator:
+        """The batches of a loader until it is time to stop."""
+        for batch in loader:
+            if self.team.size == 1 and self.watch.due:
+                raise self.watch.stop("prediction")
+            yield batch
+
+    def predict(self, images: Dataset, tta: int = 1) -> np.ndarray:
         """Probabilities of images (N,)."""
         settings, team = self.settings, self.team
         own = Subset(images, range(team.rank, len(images), team.size))
         loader = dataset.make_loader(own, settings.workers, batch_size=settings.batch_size)
-        prob = models.predict(self.model, loader, self.device, tta, settings.amp)
+        prob = models.predict(self.scored, self.watched(loader), self.device, tta, settings.amp)
         return team.gather(prob, len(images))
 
     def save(self, path: Path, **extra) -> None:
@@ -577,6 +734,7 @@ class Trainer:
             self.spec,
             optimizers=[optimizer.state_dict() for optimizer in self.routing.optimizers],
             scaler=self.scaler.state_dict(),
+            average=None if self.average is None else self.average.state_dict(),
             progress=self.progress,
             **extra,
         )
@@ -588,51 +746,75 @@ class Trainer:
         for optimizer, state in zip(self.routing.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.scaler.load_state_dict(content["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(content["average"])
         self.progress = content["progress"]
 
 
-def fit(trainer: Trainer, k: int, images: dict[str, ImageDataset], run_dir: Path, extra: dict):
+def epoch_loaders(trainer: Trainer, images: dict, seed: int) -> tuple:
+    """Loader of the steps that an epoch still has to do, and the gates' batches, if any."""
+    settings, team, start = trainer.settings, trainer.team, trainer.progress["step"]
+    train_loader = partial(
+        dataset.train_loader,
+        batch_size=settings.batch_size,
+        sampler=settings.sampler,
+        workers=settings.workers,
+        seed=seed,
+        share=(team.rank, team.size),
+    )
+    gate_batches = None
+    if "gates" in images:
+        gate_batches = repeated(partial(train_loader, images["gates"]), start)
+    return train_loader(images["train"], start=start), gate_batches
+
+
+def fit(trainer: Trainer, k: int, images: dict[str, Dataset], run_dir: Path, extra: dict):
     """Train fold k until it is finished; its best epoch is in fold{k}_best.pt."""
     settings, progress, valid = trainer.settings, trainer.progress, images["valid"]
-    team = trainer.team
+    team, last_path = trainer.team, run_dir / f"fold{k}_last.pt"
+    board = open_board(settings, k, progress["epoch"] + 1) if team.leads else None
     while not trainer.finished:
         epoch, start = progress["epoch"] + 1, time.monotonic()
         seed = epoch_seed(settings.seed, k, epoch)
-        torch.manual_seed(seed + team.rank)
         lr = trainer.set_lr(epoch)
-        train_loader = partial(
-            dataset.train_loader,
-            batch_size=settings.batch_size,
-            sampler=settings.sampler,
-            workers=settings.workers,
-            seed=seed,
-            share=(team.rank, team.size),
-        )
-        loader = train_loader(images["train"])
-        gate_loader = train_loader(images["gates"]) if "gates" in images else None
-        train_loss = trainer.train_epoch(loader, f"fold {k} epoch {epoch}", gate_loader)
-        rate = len(loader.dataset) / (time.monotonic() - start)
-        prob = trainer.predict(valid)
+        loader, gate_batches = epoch_loaders(trainer, images, seed)
+        to_do = len(loader.dataset) - progress["images"]
+        try:
+            name = f"fold {k} epoch {epoch}"
+            train_loss = trainer.train_epoch(loader, seed, name, gate_batches)
+            rate = to_do / (time.monotonic() - start)
+            prob = trainer.predict(valid)
+        except util.Stopped:
+            progress["seconds"] += time.monotonic() - start
+            if team.leads:
+                trainer.save(last_path, **extra)
+            raise
         auc = util.weighted_auc(valid.target, prob)
         seconds = time.monotonic() - start
         logit = torch.from_numpy(prob).clamp(1e-7, 1 - 1e-7).logit().unsqueeze(1)
         valid_loss = LOSSES[settings.loss](logit, torch.from_numpy(valid.target).double()).item()
         progress |= {"epoch": epoch, "auc": auc, "seconds": progress["seconds"] + seconds}
+        progress |= UNBEGUN
         improved = auc > progress["best_auc"]
         if improved:
             progress |= {"best_auc": auc, "best_epoch": epoch}
         if not team.leads:
             continue
         values = (k, epoch, train_loss, valid_loss, auc, lr, seconds, rate)
+        row = dict(zip(LOG_COLUMNS, values, strict=True))
+        if board is not None:
+            for name in LOG_COLUMNS[2:]:
+                board.add_scalar(name, row[name], epoch)
+            board.flush()
         with util.locked(run_dir):  # other folds may be trained at the same time
-            write_log(run_dir, dict(zip(LOG_COLUMNS, values, strict=True)))
+            write_log(run_dir, row)
             if settings.fsg:
-                write_gates(run_dir, k, epoch, trainer.model)
+                write_gates(run_dir, k, epoch, trainer.scored)
         if improved:
             models.save_checkpoint(
-                run_dir / f"fold{k}_best.pt", trainer.model, trainer.spec, epoch=epoch, **extra
+                run_dir / f"fold{k}_best.pt", trainer.scored, trainer.spec, epoch=epoch, **extra
             )
-        trainer.save(run_dir / f"fold{k}_last.pt", **extra)
+        trainer.save(last_path, **extra)
         tqdm.write(
             f"fold {k} epoch {epoch:2d}: train loss {train_loss:.4f}, held-out loss "
             f"{valid_loss:.4f}, AUC {auc:.4f}, {rate:.0f} images/s"
@@ -688,6 +870,7 @@ def run_fold(
     run_dir: Path,
     device: torch.device,
     team: Team,
+    watch: Watch,
 ) -> None:
     """Train fold k, predict its held-out rows and the test images, and add them to the run."""
     images, encoder = make_datasets(k, settings, data, crop)
@@ -695,14 +878,14 @@ def run_fold(
         images = {part: dataset.DeviceImages(some, device) for part, some in images.items()}
     torch.manual_seed(epoch_seed(settings.seed, k, 0))  # initial weights
     spec = make_spec(settings, data.size, encoder.dim)
-    trainer = Trainer(settings, spec, fold_weights(settings, data, k), device, team)
+    trainer = Trainer(settings, spec, fold_weights(settings, data, k), device, team, watch)
     last_path = run_dir / f"fold{k}_last.pt"
     if settings.resume and last_path.exists():
         trainer.load(last_path)
     extra = {"fold": k, "encoder": encoder.columns}
     fit(trainer, k, images, run_dir, extra)
 
-    trainer.model = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)[0]
+    trainer.scored = models.load_checkpoint(run_dir / f"fold{k}_best.pt", device)[0]
     tables = {}
     for part in sorted(images.keys() - {"train", "gates"}):  # in one order in all processes
         prob, rows = trainer.predict(images[part], settings.tta), images[part].rows
@@ -730,6 +913,9 @@ def run_fold(
 def main(args: argparse.Namespace) -> Path:
     """Train the folds asked for; returns the run directory."""
     settings = fill_defaults(args)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     team, device = join_team(settings.device)
     data = util.read_data(settings.data_dir)
     folds = parse_folds(settings.fold, data.facts["n_folds"])
@@ -756,8 +942,9 @@ def main(args: argparse.Namespace) -> Path:
     elif settings.fsg and settings.routing not in ("off", "single"):
         raise InputError(f"--routing {settings.routing} takes one process per fold; start as many "
                          "as there are folds, or one")  # fmt: skip
-    for k in folds:
-        run_fold(k, settings, data, crop, run_dir, device, together)
+    with Watch(settings.max_hours) as watch:
+        for k in folds:
+            run_fold(k, settings, data, crop, run_dir, device, together, watch)
     if team.size > 1:
         distributed.barrier()
         distributed.destroy_process_group()
@@ -778,6 +965,49 @@ def add_gate_arguments(parser: argparse.ArgumentParser) -> None:
                        "of the share of hard gates that is open [0]")  # fmt: skip
     gates.add_argument("--routing", choices=fsg.MODES, help="how gates and weights are stepped "
                        "(fsg.py) [single]")  # fmt: skip
+
+
+def add_extra_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of what goes beyond the original's recipe."""
+    extra, positive = parser.add_argument_group("extras"), util.number(float, 0)
+    share = util.number(float, 0, 1)
+    extra.add_argument("--pos_weight", type=positive, default=1.0,
+                       help="of positive images in the loss")  # fmt: skip
+    extra.add_argument("--label_smoothing", type=share, default=0.0,
+                       help="share of both labels in every target")  # fmt: skip
+    extra.add_argument("--mixup", type=positive, default=0.0,
+                       help="mix pairs of images by shares of Beta(MIXUP, MIXUP)")  # fmt: skip
+    extra.add_argument("--clip_grad", type=positive, help="largest norm of the gradients of the "
+                       "weights, and of the gates")  # fmt: skip
+    extra.add_argument("--accumulate", type=util.number(int, 1), default=1, help="parts in which "
+                       "a batch goes through the network, for less memory")  # fmt: skip
+    extra.add_argument("--ema", type=share, help="score and keep a moving average of the weights "
+                       "with this decay per step, such as .999")  # fmt: skip
+    extra.add_argument("--layer_decay", type=share, help="factor on the learning rate of a ViT "
+                       "from each layer to the one before, such as .75")  # fmt: skip
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of where and how a run is made."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--name", help="of the run directory [the model's]")
+    run.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are kept")
+    run.add_argument("--tta", type=int, choices=(1, 2, 4, 8), default=8, help="views to average")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision")
+    run.add_argument("--loader", choices=("workers", "device"), default="workers",
+                     help="device: keep all images there and augment them there")  # fmt: skip
+    run.add_argument("--workers", type=util.number(int, 0), default=min(os.cpu_count() or 1, 8),
+                     help="loader processes")  # fmt: skip
+    run.add_argument("--compile", nargs="?", const="default", choices=COMPILE_MODES,
+                     help="torch.compile [default]; the other modes use CUDA graphs")  # fmt: skip
+    run.add_argument("--deterministic", action="store_true", help="the same numbers in every run "
+                     "on a GPU too, where that is slower")  # fmt: skip
+    run.add_argument("--tensorboard", action="store_true", help="also log to RUN/tensorboard")
+    run.add_argument("--max_hours", type=util.number(float, 0),
+                     help="stop in good order after so long")  # fmt: skip
+    run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    run.add_argument("--overwrite", action="store_true", help="start the run anew, all its folds")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -823,19 +1053,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     fitting.add_argument("--guide", type=Path, help="crops of crop.py whose maps the attention of "
                          "chipnet should resemble")  # fmt: skip
     fitting.add_argument("--guide_weight", type=positive, default=1.0, help="of that likeness")
+    add_extra_arguments(parser)
     add_gate_arguments(parser)
-    run = parser.add_argument_group("run")
-    run.add_argument("--name", help="of the run directory [the model's]")
-    run.add_argument("--runs_dir", type=Path, default=Path("runs"), help="where runs are kept")
-    run.add_argument("--tta", type=int, choices=(1, 2, 4, 8), default=8, help="views to average")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    run.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision")
-    run.add_argument("--loader", choices=("workers", "device"), default="workers",
-                     help="device: keep all images there and augment them there")  # fmt: skip
-    run.add_argument("--workers", type=util.number(int, 0), default=min(os.cpu_count() or 1, 8),
-                     help="loader processes")  # fmt: skip
-    run.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    run.add_argument("--overwrite", action="store_true", help="start the run anew, all its folds")
+    add_run_arguments(parser)
     return parser
 
 

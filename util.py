@@ -41,6 +41,14 @@ class InputError(Exception):
     """Bad input: its text is one line that names the file or value and says what to do."""
 
 
+class Stopped(Exception):
+    """Unfinished work that was stopped in good order: what to do, and the exit status."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help that keeps the line breaks of a script's docstring and shows real defaults."""
 
@@ -80,6 +88,8 @@ def run_script(main: Callable, parser: argparse.ArgumentParser, *expected: type[
         main(args)
     except (InputError, OSError, *expected) as error:
         parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+    except Stopped as stopped:
+        parser.exit(stopped.status, f"{parser.prog}: {stopped}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
 

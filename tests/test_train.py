@@ -3,8 +3,10 @@
 import copy
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_MODEL, call, shell
 from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
 
 import dataset
 import fsg
@@ -38,6 +41,14 @@ def test_focal_loss():
     assert torch.isclose(train.LOSSES["bce"](logit, target), bce)
     p = torch.tensor([0.3, 2.0, -1.5]).sigmoid()  # probability of the true class
     assert torch.isclose(train.focal_loss(logit, target), (-((1 - p) ** 2) * p.log()).mean())
+    soft = torch.tensor([0.7, 0.2, 0.5])
+    expected = F.binary_cross_entropy_with_logits(
+        logit.squeeze(1), soft, pos_weight=torch.tensor(3.0)
+    )
+    assert torch.isclose(train.LOSSES["bce"](logit, soft, pos_weight=3.0), expected)
+    both = [train.focal_loss(logit, torch.full((3,), label)) for label in (1.0, 0.0)]
+    mixed = train.focal_loss(logit, torch.full((3,), 0.3))
+    assert torch.isclose(mixed, 0.3 * both[0] + 0.7 * both[1])
 
 
 def test_schedules():
@@ -179,34 +190,84 @@ def test_folds_gather_in_one_run_whatever_the_order(data_dir, tmp_path, runs_dir
     assert pd.read_csv(run / "oof.csv")["fold"].unique().tolist() == [0]
 
 
-@pytest.mark.parametrize("model", ["resnet", "fsg_vit"])  # the latter with a gate pass of its own
-def test_resumed_run_equals_an_uninterrupted_one(data_dir, tmp_path, monkeypatch, model):
-    more = ["--fold", "0", "--epochs", "3", "--patience", "3", "--dropout", "0.5"]
-    if model == "fsg_vit":
-        more += ["--backbone", "vit_tiny", "--routing", "held_out"]
+RESUMED = {
+    "resnet": ["--mixup", "0.4", "--label_smoothing", "0.1", "--accumulate", "2", "--workers", "1"],
+    "chipnet": ["--ema", "0.7", "--pos_weight", "2", "--loss", "bce"],
+    "cropnet": ["--loader", "device", "--sampler", "shuffle"],
+    "fusion": ["--clip_grad", "0.1", "--fsg", "--gate_init", "hard"],
+    "fsg_vit": ["--backbone", "vit_tiny", "--routing", "held_out", "--layer_decay", "0.8"],
+}
+
+
+@pytest.mark.parametrize("model", RESUMED)
+def test_resumed_run_equals_an_uninterrupted_one(data_dir, runs_dir, tmp_path, monkeypatch, model):
+    more = ["--fold", "0", "--epochs", "3", "--patience", "3", "--dropout", "0.5", "--batch_size",
+            "5", "--max_hours", "9", *RESUMED[model]]  # fmt: skip
+    if model in ("cropnet", "fusion"):
+        more += ["--crop_dir", data_dir / "crops" / "chipnet"]
     straight = fit(data_dir, tmp_path / "a", *more, model=model)
-    save, saved = train.Trainer.save, []
 
-    def killed(self, path, **extra):
-        save(self, path, **extra)
-        saved.append(path)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
+    def due(self):  # after so many steps or batches of a prediction
+        self.looks = getattr(self, "looks", 0) + 1
+        return self.looks > 4
 
-    monkeypatch.setattr(train.Trainer, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        fit(data_dir, tmp_path / "b", *more, model=model)
-    monkeypatch.setattr(train.Trainer, "save", save)
-    with pytest.raises(InputError, match="interrupted; pass --resume"):
-        fit(data_dir, tmp_path / "b", *more, model=model)
-    resumed = fit(data_dir, tmp_path / "b", *more, "--resume", model=model)
-    names = ["oof.csv", "test_predictions.csv"] + sorted(GATE_FILES) * (model == "fsg_vit")
-    for name in names:
-        assert (resumed / name).read_bytes() == (straight / name).read_bytes()
-    columns = ["fold", "epoch", "train_loss", "valid_loss", "valid_auc", "lr"]
-    logs = [pd.read_csv(run / "log.csv")[columns] for run in (straight, resumed)]
-    pd.testing.assert_frame_equal(*logs)
+    monkeypatch.setattr(train.Watch, "due", property(due))
+    stops = []
+    while not (tmp_path / "b" / model / "metrics.json").exists():
+        try:
+            fit(data_dir, tmp_path / "b", *more, *["--resume"] * bool(stops), model=model)
+        except util.Stopped as stopped:
+            stops.append(str(stopped))
+        if len(stops) == 1:
+            with pytest.raises(InputError, match="interrupted; pass --resume"):
+                fit(data_dir, tmp_path / "b", *more, model=model)
+    resumed = tmp_path / "b" / model
+    assert len(stops) >= 3
+    assert any("steps" in stop for stop in stops)
+    gates = sorted(GATE_FILES) * (model in ("fusion", "fsg_vit"))
+    for name in ("oof.csv", "test_predictions.csv", "submission.csv", *gates):
+        assert (resumed / name).read_bytes() == (straight / name).read_bytes(), name
+    logs = [pd.read_csv(run / "log.csv").drop(columns=["seconds", "images_per_second"])
+            for run in (straight, resumed)]  # fmt: skip
+    pd.testing.assert_frame_equal(*logs, check_exact=True)
     assert len(logs[0]) == 3
+    for kind in ("best", "last"):
+        path = f"fold0_{kind}.pt"
+        one, two = (models.read_torch_file(run / path) for run in (straight, resumed))
+        assert one.keys() == two.keys()
+        for part in ("state_dict", "optimizers", "average"):
+            flat = [tree_flatten(content.get(part))[0] for content in (one, two)]
+            for a, b in zip(*flat, strict=True):
+                assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_step_end_and_saves(data_dir, tmp_path, monkeypatch, number, status):
+    before, count_loss = signal.getsignal(number), train.Trainer.count_loss
+
+    def send(self, step, description):
+        count_loss(self, step, description)
+        if self.progress["images"] == 8:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train.Trainer, "count_loss", send)
+    with pytest.raises(util.Stopped, match="with --resume goes on") as stopped:
+        fit(data_dir, tmp_path, "--fold", 0, "--epochs", 2)
+    assert stopped.value.status == status
+    assert number.name in str(stopped.value)
+    assert signal.getsignal(number) is before
+    saved = models.read_torch_file(tmp_path / "resnet" / "fold0_last.pt")
+    assert saved["progress"]["step"] == 2
+    assert not list((tmp_path / "resnet").glob("*.tmp"))
+
+
+def test_time_is_up(data_dir, tmp_path):
+    words = ["--model", "resnet", "--data_dir", data_dir, "--runs_dir", tmp_path, *SMALL_MODEL]
+    result = shell("train", *words, "--max_hours", 0, cwd=tmp_path)
+    assert result.returncode == 3
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("train.py: --max_hours 0 are over: stopped in fold 0 epoch 1 after 1 st")
+    assert "\r" not in result.stderr  # no bars where there is no terminal
 
 
 def test_early_stopping_keeps_the_best_epoch(data_dir, tmp_path, monkeypatch):
@@ -344,9 +405,182 @@ def test_too_few_images_for_held_out_gates_are_named():
     assert 2 <= apart.sum() <= 3  # four groups of a class: a quarter of them
 
 
-def test_diverging_training_stops(data_dir, tmp_path):
-    with pytest.raises(InputError, match="the loss is (nan|inf)"):
+def test_diverging_training_stops_and_keeps_the_batch(data_dir, tmp_path):
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) .*nonfinite_batch\.pt"):
         fit(data_dir, tmp_path, "--fold", 0, "--lr", "1e30", "--head_lr", "1e30", "--epochs", 5)
+    path = tmp_path / "resnet" / "nonfinite_batch.pt"
+    image, meta, target = torch.load(path, weights_only=True)
+    assert (image.dtype, image.shape[1:]) == (torch.uint8, (3, 64, 64))
+    assert len(image) == len(meta) == len(target)
+
+
+# ---------------------------------------------------------------- extras
+def make_trainer(data_dir, *more, model="resnet"):
+    words = ["--model", model, "--data_dir", data_dir, *SMALL_MODEL, *more]
+    args = train.get_args_parser().parse_args([str(word) for word in words])
+    settings = train.fill_defaults(args)
+    torch.manual_seed(0)
+    spec = train.make_spec(settings, 64, meta_dim=2)
+    cpu = torch.device("cpu")
+    return train.Trainer(settings, spec, "none", cpu, train.Team(), train.Watch())
+
+
+def make_batch(n=6):
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(0, 256, (n, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    return [image, torch.rand(n, 2, generator=generator), (torch.arange(n) % 2).float()]
+
+
+def gradients(trainer, batch):
+    trainer.loss_on(batch, 1.0)().backward()
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(data_dir):
+    vit = ["--backbone", "vit_tiny", "--gate_l1", "0.5"]  # no batch norm
+    whole, parts = (
+        gradients(make_trainer(data_dir, *vit, "--accumulate", n, model="fsg_vit"), make_batch(7))
+        for n in (1, 3)
+    )
+    assert torch.allclose(whole, parts, atol=1e-6)
+    assert whole.norm() > 0
+    trainer = make_trainer(data_dir, *vit, "--accumulate", 9, model="fsg_vit")
+    assert torch.allclose(whole, gradients(trainer, make_batch(7)), atol=1e-6)
+
+
+def test_mixup_and_smoothing_mix_what_belongs_together(data_dir):
+    image = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2) * 10
+    rows, target = torch.arange(4.0).view(4, 1), torch.tensor([0.0, 1, 0, 1])
+    torch.manual_seed(0)
+    mixed = train.mix_up([image, rows, target], 0.4)
+    assert torch.allclose(mixed[0] * 255, 10 * mixed[1].view(4, 1, 1, 1).expand(4, 3, 2, 2))
+    assert mixed[1].sum() == pytest.approx(6)  # a permutation
+    shares = []
+    for _ in range(200):
+        _, row, label = train.mix_up([image, rows, target], 0.4)
+        shares.append(row[0].item())
+        assert ((label >= 0) & (label <= 1)).all()
+    assert min(shares) < 0.1
+    assert max(shares) > 2
+    seen, trainer = [], make_trainer(data_dir, "--label_smoothing", 0.2)
+    trainer.compute_loss = lambda image, meta, target: seen.append(target) or torch.zeros(())
+    trainer.loss_on(make_batch(), 1.0)()
+    assert torch.allclose(seen[0], torch.tensor([0.1, 0.9] * 3))
+
+
+def test_clipping_holds_the_norm(data_dir):
+    norms = []
+    for words in ([], ["--clip_grad", "0.01"]):
+        trainer = make_trainer(data_dir, *words)
+        trainer.routing.step(trainer.loss_on(make_batch(), 1.0))
+        norms.append(torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm())
+    assert norms[0] > 0.02
+    assert norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_the_average_is_scored_and_kept(data_dir, tmp_path, monkeypatch):
+    steps, update = [], train.AveragedModel.update_parameters
+
+    def record(self, model):
+        update(self, model)
+        steps.append({key: value.clone().float() for key, value in model.state_dict().items()})
+
+    monkeypatch.setattr(train.AveragedModel, "update_parameters", record)
+    run = fit(data_dir, tmp_path, "--fold", 0, "--ema", "0.5")
+    average = steps[0]
+    for state in steps[1:]:
+        average = {key: 0.5 * value + 0.5 * state[key] for key, value in average.items()}
+    best = models.load_checkpoint(run / "fold0_best.pt")[0].state_dict()
+    last = models.load_checkpoint(run / "fold0_last.pt")[0].state_dict()
+    floats = [key for key, value in best.items() if value.is_floating_point()]
+    assert all(torch.allclose(best[key], average[key], atol=1e-6) for key in floats)
+    assert all(torch.equal(last[key], steps[-1][key]) for key in floats)
+
+
+@pytest.mark.parametrize(("backbone", "blocks"), [("vit_tiny", 4), ("timm:test_vit", None)])
+def test_layer_decay(data_dir, backbone, blocks):
+    more = ["--backbone", backbone, "--layer_decay", 0.5, "--lr", 1]
+    trainer = make_trainer(data_dir, *more, model="fsg_vit")
+    groups, backbone = trainer.optimizer.param_groups, trainer.model.backbone
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    names = {name: rates[id(p)] for name, p in backbone.named_parameters() if id(p) in rates}
+    n = len({rate for rate in names.values()}) - 2
+    assert blocks in (None, n)
+    assert trainer.set_lr(1) == 1
+    for name, rate in names.items():
+        parts = name.replace("layer_", "layer.").split(".")
+        index = [int(part) for part in parts if part.isdigit()]
+        if "ln." in name[:11] or name.startswith("norm."):
+            assert rate == 1, name
+        elif "encoder_layer" in name or name.startswith("blocks"):
+            assert rate == 0.5 ** (n - index[0]), name
+        else:
+            assert rate == 0.5 ** (n + 1), name
+    everything = [p for p in trainer.model.parameters()]
+    assert len(rates) + len(fsg.gate_parameters(trainer.model)) == len(everything)
+    with pytest.raises(models.ModelError, match="--layer_decay is for ViTs"):
+        make_trainer(data_dir, "--layer_decay", 0.5)
+
+
+def test_tensorboard(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        fit(data_dir, tmp_path, "--tensorboard")
+    assert not list(tmp_path.iterdir())
+    scalars = []
+
+    class Writer:
+        def __init__(self, path, purge_step):
+            scalars.append((path.relative_to(tmp_path).as_posix(), purge_step))
+
+        def add_scalar(self, name, value, epoch):
+            scalars.append((name, value, epoch))
+
+        def flush(self):
+            pass
+
+    module = SimpleNamespace(SummaryWriter=Writer)
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run = fit(data_dir, tmp_path, "--fold", 1, "--epochs", 2, "--tensorboard")
+    assert scalars[0] == ("resnet/tensorboard/fold1", 1)
+    log = pd.read_csv(run / "log.csv")
+    written = {(name, epoch): value for name, value, epoch in scalars[1:]}
+    for name in train.LOG_COLUMNS[2:]:
+        assert [written[name, epoch] for epoch in (1, 2)] == pytest.approx(log[name].tolist())
+
+
+def test_compiled_training_is_the_same_training(data_dir, tmp_path, monkeypatch):
+    plain, modes = fit(data_dir, tmp_path / "plain", "--fold", 0), []
+
+    def compiled(network, mode):
+        modes.append(mode)
+        return torch._dynamo.optimize("eager")(network)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    run = fit(data_dir, tmp_path, "--fold", 0, "--compile", "reduce-overhead")
+    assert modes == ["reduce-overhead"]
+    assert (run / "oof.csv").read_bytes() == (plain / "oof.csv").read_bytes()
+
+
+def test_deterministic(data_dir, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    fit(data_dir, tmp_path, "--fold", 0, "--deterministic")
+    assert asked == [True]
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+
+
+@pytest.mark.parametrize("model", ["chipnet", "fusion"])
+def test_training_on_images_that_lie_on_the_device(data_dir, runs_dir, tmp_path, model):
+    crops = data_dir / "crops" / "chipnet"
+    more = ["--guide", crops] if model == "chipnet" else ["--crop_dir", crops]
+    where = ["--fold", 0, "--loader", "device", "--workers", 2]
+    run = fit(data_dir, tmp_path, *where, *more, model=model)
+    again = fit(data_dir, tmp_path / "again", *where, *more, model=model)
+    assert (run / "oof.csv").read_bytes() == (again / "oof.csv").read_bytes()
+    assert 0 < pd.read_csv(run / "log.csv")["train_loss"][0] < 5
 
 
 @pytest.mark.parametrize(
