@@ -768,7 +768,8 @@ def write_run(
     if test is not None:
         write_table(run_dir / "test_predictions.csv", test)
         mean = test.groupby(ID)[PROB].mean()
-        ids = data.submission_ids or data.test[ID].tolist()
+        ids = pd.Index(data.submission_ids or data.test[ID])
+        ids = ids[ids.isin(mean.index)]  # a dry run with --limit predicts some
         submission = pd.DataFrame({ID: ids, TARGET: mean[ids].to_numpy()})
         write_table(run_dir / "submission.csv", submission)
     plot_roc(run_dir / "roc.png", oof)

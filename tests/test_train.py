@@ -79,6 +79,14 @@ def test_a_run_leaves_what_the_contract_says(runs_dir, data_dir):
         assert list(pd.read_csv(run / "log.csv")) == list(train.LOG_COLUMNS)
 
 
+def test_a_dry_run_predicts_some(data_dir, tmp_path):
+    run = fit(data_dir, tmp_path, "--fold", 0, "--limit", 3)
+    assert len(pd.read_csv(run / "oof.csv")) == 6
+    submission = pd.read_csv(run / "submission.csv", dtype={"image_name": str})
+    ids = util.read_data(data_dir).submission_ids
+    assert submission["image_name"].tolist() == [name for name in ids if name < "0027"]
+
+
 def test_predictions_are_those_of_the_best_checkpoint(runs_dir, data_dir):
     from dataset import ImageDataset, MetaEncoder, Stored, make_loader
 
