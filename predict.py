@@ -65,14 +65,14 @@ class Images:
 class Localizer:
     """Finds boxes in new images as crop.py found those of the training images."""
 
-    def __init__(self, facts: dict, crop_dir: Path | None, device: torch.device):
+    def __init__(self, facts: dict, crop_dir: Path | None, device: torch.device, amp: str):
         missing = {"run", "folds", *CHIPNET_LOOK} - facts.keys()
         if missing:
             raise InputError(
                 f"the crops in {crop_dir} say nothing of {min(missing)!r}: another version made "
                 "them; crop and train again"
             )
-        kind, self.facts, self.device = facts["source"], facts, device
+        kind, self.facts, self.device, self.amp = facts["source"], facts, device, amp
         if kind == "boxes":
             raise InputError(
                 f"{crop_dir} was cut by the boxes of {facts['boxes']}; new images have none, so "
@@ -99,9 +99,10 @@ class Localizer:
         """Maps, boxes and crops of `size` px, found once per set of images."""
         if self.key not in images.looks:
             facts = self.facts
-            maps = localize.attention_maps(
-                self.sources, images.squares, self.device, facts["views"], BATCH
-            )
+            with models.autocast(self.device, self.amp):
+                maps = localize.attention_maps(
+                    self.sources, images.squares, self.device, facts["views"], BATCH
+                )
             boxes = [
                 localize.find_box(attention, original, facts["rule"], facts["num_devs"])
                 for attention, original in zip(maps, images.sizes, strict=True)
@@ -119,9 +120,11 @@ class Localizer:
 class Run:
     """A trained run: its networks by fold and the way their images are made."""
 
-    def __init__(self, run_dir: Path, config: dict, device: torch.device, tta: int | None):
-        self.name, self.device = run_dir.name, device
-        self.tta = tta or config["args"]["tta"]
+    def __init__(
+        self, run_dir: Path, config: dict, device: torch.device, args: argparse.Namespace
+    ):
+        self.name, self.device, self.amp = run_dir.name, device, args.amp
+        self.tta = args.tta or config["args"]["tta"]
         self.networks, self.encoders = {}, {}
         for fold in util.read_metrics(run_dir)["folds"]:
             k = fold["fold"]
@@ -132,10 +135,10 @@ class Run:
         self.sees_crops, self.localizer = config["crop"] is not None, None
         if self.sees_crops:
             crop_dir = Path(config["args"]["crop_dir"])
-            self.localizer = Localizer(config["crop"], crop_dir, device)
+            self.localizer = Localizer(config["crop"], crop_dir, device, args.amp)
         elif isinstance(network, models.ChipNet):
             facts = CHIPNET_LOOK | {"run": run_dir, "folds": list(self.networks)}
-            self.localizer = Localizer(facts, None, device)
+            self.localizer = Localizer(facts, None, device, args.amp)
 
     def look(self, images: Images) -> Look | None:
         """Where this run looks; None for a run that does not look anywhere in particular."""
@@ -157,7 +160,7 @@ class Run:
                  torch.from_numpy(meta[i : i + BATCH]), None)
                 for i in range(0, len(array), BATCH)
             ]  # fmt: skip
-            probs[k] = models.predict(network, batches, self.device, self.tta)
+            probs[k] = models.predict(network, batches, self.device, self.tta, self.amp)
         columns[self.name] = np.mean(list(probs.values()), axis=0)
         return probs
 
@@ -165,12 +168,14 @@ class Run:
 class Blend:
     """A blend of runs or of further blends."""
 
-    def __init__(self, run_dir: Path, config: dict, device: torch.device, tta: int | None):
+    def __init__(
+        self, run_dir: Path, config: dict, device: torch.device, args: argparse.Namespace
+    ):
         self.name, self.mode = run_dir.name, config["args"]["mode"]
         self.zoom = config["zoom"]
         used = [m for m in config["members"] if m["weight"] > 0 or self.zoom]
         self.weights = np.array([member["weight"] for member in used])
-        self.members = [open_run(Path(member["run"]), device, tta) for member in used]
+        self.members = [open_run(Path(member["run"]), device, args) for member in used]
         sizes = {member.size for member in self.members}
         if len(sizes) > 1:
             raise InputError(f"{run_dir} blends networks for images of {sorted(sizes)} px")
@@ -213,12 +218,12 @@ class Blend:
         return blended
 
 
-def open_run(run_dir: Path, device: torch.device, tta: int | None) -> Run | Blend:
+def open_run(run_dir: Path, device: torch.device, args: argparse.Namespace) -> Run | Blend:
     """Open a run directory of train.py or ensemble.py."""
     config = util.read_config(run_dir)
     if not (run_dir / "metrics.json").exists():
         raise InputError(f"{run_dir} is not finished; train it or go on with --resume")
-    return (Blend if "members" in config else Run)(run_dir, config, device, tta)
+    return (Blend if "members" in config else Run)(run_dir, config, device, args)
 
 
 def list_images(inputs: list[Path]) -> dict[str, Path]:
@@ -286,7 +291,7 @@ def draw(path: Path, images: Images, row: int, look: Look | None, prob: float) -
 
 def main(args: argparse.Namespace) -> Path:
     """Predict the images; returns the directory of the results."""
-    run = open_run(args.run, models.pick_device(args.device), args.tta)
+    run = open_run(args.run, models.pick_device(args.device), args)
     paths = list_images(args.images)
     paths = dict(list(paths.items())[: args.limit])
     meta = None if args.csv is None else util.read_table(args.csv, (), args.image_col)
@@ -326,6 +331,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--csv", type=Path, help="metadata of the images [all missing]")
     parser.add_argument("--image_col", default=ID, help="column of image names in --csv")
     parser.add_argument("--tta", type=int, choices=(1, 2, 4, 8), help="views [as trained]")
+    parser.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off", help="precision")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--on_error", choices=("fail", "skip"), default="fail", help="bad images")
     parser.add_argument("--limit", type=util.number(int, 1), help="predict the first images")

@@ -218,17 +218,45 @@ class HairOverlay:
         return Image.alpha_composite(image.convert("RGBA"), layer).convert("RGB")
 
 
+def some_images(count: int) -> dataset.ImageDataset:
+    """Smooth images of an array, with the training augmentation."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(60, 220, (count, 28, 28, 3), dtype=np.uint8)
+    with tempfile.NamedTemporaryFile(suffix=".npy", delete=False) as file:
+        np.save(file, np.stack([cv2.resize(image, (SIZE, SIZE)) for image in coarse]))
+    images = dataset.ImageDataset(
+        [dataset.Stored(Path(file.name), count)], range(count), np.zeros((count, 0))
+    )
+    images.transform = dataset.train_transform(SIZE)
+    return images
+
+
+def augment_on_device_stage(count: int, device: torch.device) -> Stage:
+    """The same augmentation by a loader's worker, and a batch at a time on a device."""
+    stored = some_images(count)
+    epochs = [
+        images.epoch(np.arange(count), seed=0)
+        for images in (stored, dataset.DeviceImages(stored, device))
+    ]
+
+    def reference():
+        return torch.stack([epochs[0][i][0] for i in range(count)]).to(device)
+
+    def ours():
+        return epochs[1].__getitems__(list(range(count)))[0]
+
+    name = f"augmentation on {device.type}, against our worker"
+    return Stage(name, count, on_one_core(reference), on_one_core(ours))
+
+
 def augment_stage(count: int, normalise: bool = True) -> Stage:
     """One core: hair, flips, any rotation, colour; to a normalised float batch.
 
     Without `normalise` ours ends as our loader does, at bytes, which the device normalises.
     """
-    rng = np.random.default_rng(0)
-    coarse = rng.integers(60, 220, (count, 28, 28, 3), dtype=np.uint8)
-    images = np.stack([cv2.resize(image, (SIZE, SIZE)) for image in coarse])
-    hair = dataset.DrawHair(SIZE)
-    bank = []
-    for y, x, alpha in hair.bank:
+    stored = some_images(count)
+    images, bank = stored.sources[0].images[np.arange(count)], []
+    for y, x, alpha in stored.transform.transforms[0].bank:
         layer = np.zeros((SIZE, SIZE, 4), np.uint8)
         layer[y, x, :3], layer[y, x, 3] = (40, 32, 28), 255 * alpha[:, 0]
         bank.append(Image.fromarray(layer))
@@ -241,11 +269,6 @@ def augment_stage(count: int, normalise: bool = True) -> Stage:
         transforms.ToTensor(),
         transforms.Normalize(models.IMAGENET_MEAN, models.IMAGENET_STD),
     ])  # fmt: skip
-    with tempfile.NamedTemporaryFile(suffix=".npy", delete=False) as file:
-        np.save(file, images)
-    sources, meta = [dataset.Stored(file.name, count)], np.zeros((count, 0))
-    stored = dataset.ImageDataset(sources, range(count), meta)
-    stored.transform = dataset.train_transform(SIZE)
     epoch = dataset.Epoch(stored, np.arange(count), seed=0)
     network = models.MetaResNet("regnet_tiny", "none", SIZE, 0, 1, 0.0)
 
@@ -319,13 +342,13 @@ def training_stage(backbone: str, amp: str, device: torch.device, count: int) ->
 def loop_stage(
     model: str, backbone: str, device: torch.device, augment: Stage, count: int
 ) -> Stage:
-    """A GPU's training loop: the reference augments on one core and steps in fp32, ours steps in
-    bf16 on batches that are there: what the network allows if the loader keeps up."""
+    """A GPU's training loop: the reference augments on one core and steps in fp32, ours has the
+    images on the device, augments them there, and steps in bf16."""
     spec = {"model": model, "backbone": backbone, "image_size": SIZE, "meta_dim": 0, "hidden": 256,
             "dropout": 0.0, "gates": "identity" if model == "fsg_vit" else None}  # fmt: skip
     target = (torch.arange(count, device=device) % 2).float()
-    image = torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8, device=device)
     meta = torch.zeros(count, 0, device=device)
+    epoch = dataset.DeviceImages(some_images(count), device).epoch(np.arange(count), seed=0)
 
     def stepper(amp: str, fused: bool, make_batch: Callable) -> Callable:
         network = models.build_model(spec).to(device).train()
@@ -343,11 +366,14 @@ def loop_stage(
     def augmented():
         return augment.reference().to(device)
 
+    def augmented_there():
+        return epoch.__getitems__(list(range(count)))[0]
+
     return Stage(
         f"{model} {backbone}, training loop, bf16",
         count,
         stepper("off", False, augmented),
-        stepper("bf16", True, lambda: image),
+        stepper("bf16", True, augmented_there),
     )
 
 
@@ -453,6 +479,7 @@ def make_stages(folder: Path, args: argparse.Namespace, device: torch.device) ->
         crop_stage(large, device, "bf16"),
         augment_stage(64),
         augment_stage(64, normalise=False),
+        augment_on_device_stage(64, device),
     ]
     backbones = ("resnet18",) if args.quick else ("resnet18", "resnet50")
     for backbone in backbones:

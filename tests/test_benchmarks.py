@@ -203,6 +203,12 @@ def test_both_ways_of_the_speed_benchmark_do_the_same(tmp_path):
     for batch in (stage.reference(), stage.ours()):
         assert (batch.shape, batch.dtype) == ((3, 3, 224, 224), torch.float32)
         assert -3 < batch.min() < batch.max() < 3
+    cpu = torch.device("cpu")
+    stages = [speed.augment_on_device_stage(3, cpu)]
+    stages.append(speed.loop_stage("resnet", "regnet_tiny", cpu, stage, 3))
+    assert stages[0].reference().shape == stages[0].ours().shape == (3, 3, 224, 224)
+    stages[1].ours()
+    stages[1].reference()
 
 
 def test_speed_table(monkeypatch):

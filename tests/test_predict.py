@@ -113,3 +113,13 @@ def test_bad_words(runs_dir, test_images, tmp_path):
     shutil.copy(test_images[0], tmp_path)
     with pytest.raises(InputError, match="share a name"):
         predict(runs_dir / "resnet", tmp_path / "out", tmp_path, test_images[0])
+
+
+def test_precision_changes_predictions_a_little(runs_dir, test_images, tmp_path):
+    exact, rough = (
+        read(predict(runs_dir / "cropnet", tmp_path / amp, *test_images, more=["--amp", amp])
+             / "predictions.csv")
+        for amp in ("off", "bf16")
+    )  # fmt: skip
+    assert np.allclose(exact["prob"], rough["prob"], atol=0.02)
+    assert not np.array_equal(exact["prob"], rough["prob"])
