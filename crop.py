@@ -47,9 +47,14 @@ def load_networks(run_dir: Path, source: str, data: util.Data, device: torch.dev
     config = util.read_config(run_dir)
     recipe = models.MODELS.get(config["args"].get("model"))  # a blend has none
     if "attention" in source and (recipe is None or recipe.network is not models.ChipNet):
-        raise InputError(f"{run_dir} is no ChipNet run: it has no attention to crop by")
+        raise InputError(
+            f"{run_dir} is no ChipNet run: it has no attention to crop by; pass one, or gradcam"
+        )
     if recipe is None or recipe.inputs != ("whole",):
-        raise InputError(f"{run_dir} does not look at whole images: it cannot say where to crop")
+        raise InputError(
+            f"{run_dir} does not look at whole images: it cannot say where to crop; pass one that "
+            "does"
+        )
     if config["data"]["folds_sha256"] != util.folds_sha256(data.train):
         raise InputError(
             f"{run_dir} was trained on other folds than {data.directory} has; train it again"

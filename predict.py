@@ -227,7 +227,7 @@ def list_images(inputs: list[Path]) -> dict[str, Path]:
         if path.is_dir():
             new = sorted(set(util.index_images(path).values()))
             if not new:
-                raise InputError(f"{path} holds no jpg, jpeg or png")
+                raise InputError(f"{path} holds no jpg, jpeg or png; pass another folder")
         else:
             new = [path]
         for image in new:
@@ -247,7 +247,7 @@ def read_chunks(
             return util.read_square(path, size)
         except InputError as error:
             if on_error == "fail":
-                raise InputError(f"{error}; repair it or pass --on_error skip") from None
+                raise InputError(f"{error}, or pass --on_error skip") from None
             tqdm.write(f"skipped {error}")
             return None
 

@@ -71,7 +71,7 @@ def fill_array(
             square, size = util.read_square(paths[row], args.size, args.exact)
         except InputError as error:
             if args.on_error == "fail":
-                raise InputError(f"{error}; repair it or pass --on_error skip") from None
+                raise InputError(f"{error}, or pass --on_error skip") from None
             tqdm.write(f"skipped {table[ID].iloc[row]}: {error}")
             return 0, 0
         array.write(row, square)

@@ -193,7 +193,7 @@ def fold_weights(settings: argparse.Namespace, data: util.Data, k: int) -> str:
         return settings.weights
     if util.read_config(run_dir)["data"]["folds_sha256"] != util.folds_sha256(data.train):
         raise InputError(f"--weights {run_dir} was trained on other folds; its networks have seen "
-                         "images that are held out here")  # fmt: skip
+                         "images that are held out here; pass others")  # fmt: skip
     return str(run_dir / f"fold{k}_best.pt")
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 ID, TARGET, FOLD, PROB = "image_name", "target", "fold", "prob"
 PLACE = ("place_x", "place_y", "place_side")  # of a box in its wide crop, in fractions of it
@@ -304,7 +304,9 @@ def read_csv(path: Path, columns: Iterable[str], id_col: str | None = ID) -> pd.
             table = pd.read_csv(path, dtype=types, index_col=False, low_memory=False, **text)
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save it as CSV UTF-8") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, pd.errors.ParserWarning) as error:
+    except pd.errors.ParserWarning:
+        raise InputError(f"{path} has rows longer than its header; save it anew") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise InputError(f"{path} is not a readable csv ({error}); save it anew") from None
     if header.duplicated().any():
         twice = header[header.duplicated()].iloc[0]
@@ -685,7 +687,7 @@ def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tu
     are converted; an alpha channel is dropped; 16-bit grey is scaled to 8 bit (65535 -> 255).
     Raises InputError naming the file where it is missing, broken or of another kind.
     """
-    with reading(path, "check its name"):
+    with reading(path, "repair it"):
         file = open(path, "rb")
     try:
         # no other format, whatever the suffix: Pillow hands some to outside programs
@@ -704,10 +706,10 @@ def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tu
             turned = orientation in (5, 6, 7, 8)  # the orientations that swap the sides
     except InputError:
         raise
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is no JPEG or PNG; convert it") from None
     except Exception as error:  # Pillow's plugins raise many types on broken files
-        raise InputError(
-            f"{path} is not a readable JPEG or PNG ({error}); repair or convert it"
-        ) from None
+        raise InputError(f"{path} is not a readable image ({error}); repair it") from None
     if upright.mode.startswith("I"):
         grey = np.asarray(upright).astype(np.float64) / 257
         upright = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
@@ -865,7 +867,10 @@ def read_config(run_dir: Path) -> dict:
 
 def read_metrics(run_dir: Path) -> dict:
     """metrics.json of a finished run or blend."""
-    return read_json(run_dir / "metrics.json", METRICS)
+    metrics = read_json(run_dir / "metrics.json", METRICS)
+    if not metrics["folds"]:
+        raise InputError(f"{run_dir / 'metrics.json'} has no folds; train the run again")
+    return metrics
 
 
 def read_predictions(run_dir: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
