@@ -43,8 +43,10 @@ MIN_TPR = 0.8  # the ISIC 2024 score: area under the ROC curve above this sensit
 
 # ---------------------------------------------------------------- errors and command line
 def one_line(text: str) -> str:
-    """A text without line breaks and control characters: names in files may hold any."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    """A text without line breaks and control characters, for names in files may hold any; of a
+    very long one the middle is left out."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return line if len(line) <= 900 else f"{line[:600]} ... {line[-280:]}"
 
 
 class InputError(Exception):
@@ -578,7 +580,7 @@ def chunked(rows: np.ndarray, part: tuple[int, int] | None) -> Iterator[np.ndarr
 def map_array(path: Path, stage: str = "the stage that writes it") -> np.ndarray:
     """Memory-map an array that `stage` wrote; raises InputError where it is missing or broken."""
     try:
-        with reading(path, f"run {stage} first"):
+        with reading(path, f"run {stage} first"), np.errstate(over="ignore"):  # of absurd shapes
             array = np.load(path, mmap_mode="r", allow_pickle=False)
     except InputError:
         raise
