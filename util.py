@@ -430,6 +430,9 @@ def read_data(data_dir: Path) -> Data:
                 raise InputError(
                     f"{data_dir / name} was changed after preprocessing; run preprocess.py again"
                 )
+    folds = set(tables["train.csv"][FOLD])
+    if len(folds) != facts["n_folds"] or folds != set(range(len(folds))):
+        raise InputError(f"{data_dir} has other folds than its json says; run preprocess.py again")
     sample = tables["sample_submission.csv"]
     submission_ids = None if sample is None else sample[ID].tolist()
     return Data(data_dir, tables["train.csv"], tables["test.csv"], submission_ids, facts)
@@ -859,19 +862,29 @@ METRICS = {
 }  # fmt: skip
 
 
+def check_pair(path: Path, name: str, value: list) -> None:
+    """Raise InputError unless a list is of two numbers."""
+    if len(value) != 2 or not all(isinstance(number, NUMBER) for number in value):
+        raise InputError(f"{path}: {name} should be two numbers; make it again")
+
+
 def read_config(run_dir: Path) -> dict:
     """config.json of a run or blend."""
     path = run_dir / "config.json"
     config = read_json(path, CONFIG)
     check_keys(path, config, BLEND_CONFIG if "members" in config else RUN_CONFIG)
+    if "members" in config and config["zoom"] is not None:
+        check_pair(path, "zoom", config["zoom"])
     return config
 
 
 def read_metrics(run_dir: Path) -> dict:
     """metrics.json of a finished run or blend."""
-    metrics = read_json(run_dir / "metrics.json", METRICS)
+    path = run_dir / "metrics.json"
+    metrics = read_json(path, METRICS)
+    check_pair(path, "auc_interval", metrics["ranked"]["auc_interval"])
     if not metrics["folds"]:
-        raise InputError(f"{run_dir / 'metrics.json'} has no folds; train the run again")
+        raise InputError(f"{path} has no folds; train the run again")
     return metrics
 
 

@@ -219,7 +219,7 @@ def check_jsons(folder: Path, content: bytes) -> None:
     if config is not None and "members" in config:
         assert all(Path(member["run"]) for member in config["members"])
         assert sum(member["weight"] for member in config["members"]) is not None
-        assert config["zoom"] is None or len(config["zoom"]) == 2
+        assert config["zoom"] is None or sum(config["zoom"]) == sum(config["zoom"][:2])
     elif config is not None:
         assert isinstance(config["args"]["model"], str)
         assert config["crop"] is None or config["crop"].keys() is not None
@@ -238,6 +238,10 @@ def test_json_of_any_bytes(folder, content):
 
 
 @given(content=st.sampled_from([CONFIG, BLEND, METRICS, FACTS]), path=PATHS, value=JSON)
+@example(content=METRICS, path=[2, 1, 0], value=None)
+@example(content=METRICS, path=[2, 1], value=[0.1])
+@example(content=BLEND, path=[4], value=[0.5])
+@example(content=BLEND, path=[4, 0], value="x")
 def test_json_of_any_values(folder, content, path, value):
     check_jsons(folder, json.dumps(replaced(content, path, value)).encode())
 
