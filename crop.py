@@ -45,11 +45,16 @@ CORNERS = ["x0", "y0", "x1", "y1"]
 def load_networks(run_dir: Path, source: str, data: util.Data, device: torch.device) -> dict:
     """Networks of a run by fold. Raises InputError where they do not fit the source or data."""
     config = util.read_config(run_dir)
-    recipe = models.MODELS.get(config["args"].get("model"))
+    recipe = models.MODELS.get(config["args"].get("model"))  # a blend has none
     if "attention" in source and (recipe is None or recipe.network is not models.ChipNet):
-        raise InputError(f"{run_dir} is no ChipNet run: it has no attention to crop by")
+        raise InputError(
+            f"{run_dir} is no ChipNet run: it has no attention to crop by; pass one, or gradcam"
+        )
     if recipe is None or recipe.inputs != ("whole",):
-        raise InputError(f"{run_dir} does not look at whole images: it cannot say where to crop")
+        raise InputError(
+            f"{run_dir} does not look at whole images: it cannot say where to crop; pass one that "
+            "does"
+        )
     if config["data"]["folds_sha256"] != util.folds_sha256(data.train):
         raise InputError(
             f"{run_dir} was trained on other folds than {data.directory} has; train it again"
@@ -61,8 +66,7 @@ def load_networks(run_dir: Path, source: str, data: util.Data, device: torch.dev
             f"fold {', '.join(map(str, missing))} of {run_dir} is not trained: its images are "
             "cropped by networks that saw them (oof = 0 in train_boxes.csv)"
         )
-    paths = {k: run_dir / f"fold{k}_best.pt" for k in folds}
-    return {k: models.load_for_prediction(path, device)[0] for k, path in paths.items()}
+    return {k: models.load_fold(run_dir, k, config["spec"], device)[0] for k in folds}
 
 
 def fit_saliencies(data: util.Data, output_dir: Path, args, device) -> dict:
@@ -70,16 +74,15 @@ def fit_saliencies(data: util.Data, output_dir: Path, args, device) -> dict:
     run or another shard has learned them; kept in saliency.pt.part."""
     path = util.part_of(output_dir / "saliency.pt")
     if path.exists():
-        network, content = models.load_checkpoint(path, device)
-        parts = content["saliency"]
-        return {int(k): localize.Saliency(network, **part) for k, part in parts.items()}
+        return localize.read_saliencies(path, *models.load_checkpoint(path, device))
     spec = {
         "model": "resnet", "backbone": args.backbone, "image_size": data.size, "meta_dim": 0,
         "hidden": 1, "dropout": 0.0, "gates": None,
     }  # fmt: skip
     torch.manual_seed(0)  # of --weights none
     network = models.build_model(spec, args.weights).to(device).eval()
-    array = util.open_array(util.array_path(data.directory, "train", data.size), len(data.train))
+    path_of_array = util.array_path(data.directory, "train", data.size)
+    array = util.open_array(path_of_array, len(data.train), data.size)
     fold = data.train[FOLD].to_numpy()
     found = {
         k: localize.fit_saliency(network, array, np.flatnonzero(fold != k), device, seed=k)
@@ -142,9 +145,9 @@ def source_groups(
 def read_boxes(path: Path, table: pd.DataFrame) -> list[Box]:
     """Boxes of a table's images from a csv, made square; the whole square where it has none."""
     given = util.read_table(path, CORNERS)
-    for column in CORNERS:
-        given[column] = pd.to_numeric(given[column], errors="coerce")
-    given = given.dropna(subset=CORNERS).set_index(ID)[CORNERS]
+    given = given.dropna(subset=CORNERS, how="all")
+    corners = {column: util.numbers(given, column, path) for column in CORNERS}
+    given = pd.DataFrame(corners, index=given[ID])
     boxes = []
     for name, width, height in table[[ID, "width", "height"]].itertuples(index=False, name=None):
         if name not in given.index:
@@ -155,7 +158,7 @@ def read_boxes(path: Path, table: pd.DataFrame) -> list[Box]:
         if not inside:
             raise InputError(
                 f"{path}: the box of {name}, {x0:g} {y0:g} {x1:g} {y1:g}, does not lie in its "
-                f"{width} x {height} px; corners are pixels of the original"
+                f"{width} x {height} px; corners are pixels of the original, x0 < x1 and y0 < y1"
             )
         x, y, half = (x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) / 2
         square = Box(x - half, y - half, x + half, y + half)
@@ -169,7 +172,9 @@ class Cropper:
     def __init__(self, split: str, data: util.Data, output_dir: Path, args: argparse.Namespace):
         self.split, self.args = split, args
         self.table = data.tables()[split]
-        self.stored = util.Rows(util.array_path(data.directory, split, data.size), len(self.table))
+        path = util.array_path(data.directory, split, data.size)
+        util.open_array(path, len(self.table), data.size)
+        self.stored = util.Rows(path, len(self.table))
         self.table = self.table[: args.limit]
         facts = self.table[[ID, "width", "height"]]
         self.originals = list(facts.itertuples(index=False, name=None))
@@ -180,6 +185,9 @@ class Cropper:
         self.boxes: list[Box | None] = [None] * len(self.table)
         if args.source == "boxes":
             self.boxes = read_boxes(args.boxes, self.table)
+            if split == "train" and all(box.reason for box in self.boxes):
+                raise InputError(f"{args.boxes} has a box of none of the training images; write "
+                                 "their names as in the table")  # fmt: skip
         image_dir = args.image_dir or Path(data.facts["image_dir"])
         self.index = util.index_images(image_dir)
         for name in self.table[ID]:
@@ -314,6 +322,8 @@ def main(args: argparse.Namespace) -> Path:
     args.batch_size = args.batch_size or (16 if device.type == "cpu" else 256)
     data = util.read_data(args.data_dir)
     output_dir = (args.output_dir or data.directory / "crops") / default_name(args)
+    if output_dir.resolve() == data.directory.resolve():
+        raise InputError(f"{output_dir} is --data_dir itself; pass another --output_dir")
     croppers = [Cropper(split, data, output_dir, args) for split in data.tables()]
     sources = make_sources(data, output_dir, args, device)
     groups = [source_groups(c.split, sources, c.table) for c in croppers]
@@ -363,7 +373,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, help="where to write NAME/ [crops/ in data_dir]")
     parser.add_argument("--rule", choices=sorted(localize.RULES), default="component",
                         help="how a box is found in a map")  # fmt: skip
-    parser.add_argument("--num_devs", type=float, default=1.5,
+    parser.add_argument("--num_devs", type=util.number(float, -100, 100), default=1.5,
                         help="threshold of --rule original: mean + num_devs * std")  # fmt: skip
     parser.add_argument("--views", type=int, choices=(1, 2, 4, 8), default=4,
                         help="symmetries over which maps are averaged")  # fmt: skip

@@ -38,7 +38,13 @@ OOF_COLUMNS, TEST_COLUMNS = [ID, FOLD, TARGET, PROB], [ID, FOLD, PROB]
 
 
 def find_runs(names: list[str] | None, runs_dir: Path, blend: str) -> list[Path]:
-    """Directories of the runs to blend; without names all finished ones that are no blends."""
+    """Directories of the runs to blend; without names all finished ones that are no blends.
+
+    Raises InputError where the blend would take a run's place.
+    """
+    place = runs_dir / blend
+    if (place / "config.json").exists() and "members" not in util.read_config(place):
+        raise InputError(f"{place} is a trained run, not a blend; pass another --name")
     if names is None:
         found = sorted(path.parent for path in runs_dir.glob("*/metrics.json"))
         runs = [r for r in found if "members" not in util.read_config(r)]
@@ -100,6 +106,15 @@ def read_runs(runs: list[Path]) -> tuple:
         run.name: util.read_predictions(run, "test_predictions.csv", TEST_COLUMNS) for run in runs
     }
     return keys, prob, *align(tests, [ID, FOLD])
+
+
+def check_ids(keys: pd.DataFrame, table: pd.DataFrame | None, data: util.Data) -> None:
+    """Raise InputError unless all images predicted are in a table of the data."""
+    known = () if table is None else table[ID]
+    unknown = keys[ID][~keys[ID].isin(known)]
+    if len(unknown):
+        raise InputError(f"the runs predict {unknown.iloc[0]!r}, which {data.directory} does not "
+                         "have; pass the --data_dir they were trained on")  # fmt: skip
 
 
 def parse_weights(words: list[str], names: list[str]) -> np.ndarray:
@@ -264,6 +279,7 @@ def main(args: argparse.Namespace) -> Path:
     keys, prob, test_keys, test_prob = read_runs(runs)
     member_data = util.read_config(runs[0])["args"]["data_dir"]
     data = util.read_data(args.data_dir or Path(member_data))
+    check_ids(keys, data.train, data)
     target, fold = keys[TARGET].to_numpy(), keys[FOLD].to_numpy()
     group = data.group[keys[ID]].to_numpy()
 
@@ -277,6 +293,15 @@ def main(args: argparse.Namespace) -> Path:
         oof_prob, weights, zoom = learn_blend(values, target, fold, group, side)
         gain = gain_over_equal_weights(oof_prob, values, target, fold, group)
 
+    oof, test = keys.assign(**{PROB: oof_prob}), None
+    if test_keys is not None:
+        check_ids(test_keys, data.test, data)
+        test_values, test_weights = transform(args.mode, test_prob, test_keys[FOLD]), weights
+        if zoom is not None:
+            side, cropped = read_sides(runs, data, test_keys, "test")
+            test_weights = util.zoom_weights(side, cropped, *zoom)
+        test = test_keys.assign(**{PROB: util.combine(args.mode, test_values, test_weights)})
+
     output_dir = util.claim_dir(args.runs_dir / args.name, "metrics.json", args.overwrite)
     config = {
         "args": vars(args) | {"data_dir": data.directory},
@@ -286,13 +311,6 @@ def main(args: argparse.Namespace) -> Path:
         **util.provenance(),
     }
     util.write_json(output_dir / "config.json", config)
-    oof, test = keys.assign(**{PROB: oof_prob}), None
-    if test_keys is not None:
-        test_values = transform(args.mode, test_prob, test_keys[FOLD].to_numpy())
-        if zoom is not None:
-            side, cropped = read_sides(runs, data, test_keys, "test")
-            weights = util.zoom_weights(side, cropped, *zoom)
-        test = test_keys.assign(**{PROB: util.combine(args.mode, test_values, weights)})
     folds = [{"fold": int(k)} for k in np.unique(fold)]
     metrics = util.write_run(output_dir, oof, test, data, folds, learned=gain)
     report(runs, config, args.name, metrics)

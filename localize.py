@@ -19,6 +19,7 @@ References:
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -204,6 +205,21 @@ class Saliency:
 
         parts = image.split(SALIENCY_BATCH)
         return torch.cat([mean_over_views(attend, part, views) for part in parts])
+
+
+def read_saliencies(path: Path, network: nn.Module, content: dict) -> dict[int, Saliency]:
+    """A Saliency by fold from a checkpoint's network and content; raises SourceError where it
+    holds none."""
+    parts, found = content.get("saliency"), {}
+    for fold, part in parts.items() if isinstance(parts, dict) else ():
+        good = isinstance(part, dict) and isinstance(part.get("bias"), float)
+        weight = part.get("weight") if good else None
+        if not (str(fold).isdecimal() and isinstance(weight, torch.Tensor) and weight.ndim == 1):
+            raise SourceError(f"{path}: the saliency of fold {fold!r} is broken; crop again")
+        found[int(fold)] = Saliency(network, weight, part["bias"])
+    if not found:
+        raise SourceError(f"{path} holds no saliency; crop again")
+    return found
 
 
 def background_distance(color: torch.Tensor, border: torch.Tensor) -> torch.Tensor:

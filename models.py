@@ -11,8 +11,8 @@ References:
 
 import math
 import os
-import pickle
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,10 @@ import fsg
 CHIP = 32  # pixels; the total stride of the usual backbones, so a chip becomes one embedding
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CHECKPOINT_FORMAT = 1
+SPEC_KINDS = {
+    "model": str, "backbone": str, "image_size": int, "meta_dim": int, "hidden": int,
+    "dropout": float, "gates": (str, type(None)),
+}  # fmt: skip
 
 
 class ModelError(ValueError):
@@ -103,12 +107,18 @@ def load_weights(network: nn.Module, head: str, path: Path) -> None:
     if "spec" in state:  # its gates, if any, become part of the weights
         state = fsg.fold_gates(load_checkpoint(path)[0].backbone).state_dict()
     state = state.get("state_dict", state)
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(f"{path} holds no tensors by name; save a state_dict with torch.save")
     own = network.state_dict()
     body = {key: value for key, value in state.items() if not key.startswith(head + ".")}
     wrong = [key for key in own if not key.startswith(head + ".") and key not in body]
     wrong += [key for key in body if key not in own or own[key].shape != body[key].shape]
     if wrong:
-        raise ModelError(f"{path} does not fit the backbone: {len(wrong)} keys, first {wrong[0]!r}")
+        raise ModelError(
+            f"{path} does not fit the backbone: {len(wrong)} keys, first {wrong[0]!r}; pass the "
+            "--backbone it was saved from"
+        )
     network.load_state_dict(body, strict=False)
 
 
@@ -434,13 +444,18 @@ def build_model(spec: dict, weights: str = "none") -> Network:
 def read_torch_file(path: Path) -> dict:
     """Read a file of plain types and tensors; nothing in it is ever executed."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of files that torch did not write
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ModelError(f"{path} is missing") from None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
-        raise ModelError(f"{path} is not a file of plain weights (or is cut off)") from None
+        raise ModelError(f"{path} is missing; check its name, or train first") from None
+    except Exception:  # torch raises as many types as there are ways to break a file
+        raise ModelError(
+            f"{path} is not a file of plain weights, or is cut off; save a state_dict with "
+            "torch.save, or copy the file again"
+        ) from None
     if not isinstance(content, dict):
-        raise ModelError(f"{path} holds a {type(content).__name__}, not weights by name")
+        kind = type(content).__name__
+        raise ModelError(f"{path} holds a {kind}; save weights by name, a state_dict")
     return content
 
 
@@ -461,13 +476,27 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Net
     Raises ModelError where the file is no checkpoint of this project.
     """
     content = read_torch_file(path)
-    if content.get("format") != CHECKPOINT_FORMAT:
-        raise ModelError(f"{path} is not a checkpoint of train.py (format {CHECKPOINT_FORMAT})")
-    model = build_model(content["spec"])
+    found, spec = content.get("format"), content.get("spec")
+    if not isinstance(found, int):
+        raise ModelError(f"{path} is no checkpoint of train.py; pass one, or train again")
+    if found != CHECKPOINT_FORMAT:
+        raise ModelError(
+            f"{path} has checkpoint format {found} and this version reads {CHECKPOINT_FORMAT}; "
+            "train again, or use the version that wrote it"
+        )
     try:
+        known = isinstance(spec, dict) and spec.get("model") in MODELS
+        if not known or not all(isinstance(spec[key], kind) for key, kind in SPEC_KINDS.items()):
+            raise ValueError(f"its spec is {spec}")
+        model = build_model(spec)
         model.load_state_dict(content["state_dict"])
-    except RuntimeError as error:
-        raise ModelError(f"{path} does not fit its own spec ({error})") from None
+    except Exception as error:  # whatever a foreign spec or state leads to
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{path} does not fit its own spec ({reason}); copy it again or train again"
+        ) from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise ModelError(f"{path} holds weights that are NaN or infinite; train again")
     return model.to(device).eval(), content
 
 
@@ -503,6 +532,23 @@ def load_for_prediction(path: Path, device: torch.device | str = "cpu") -> tuple
     """load_checkpoint, with gates and batch norms multiplied into the layers before them."""
     network, content = load_checkpoint(path, device)
     network.backbone = fold_batchnorms(fsg.fold_gates(network.backbone))
+    return network, content
+
+
+def load_fold(run_dir: Path, fold: int, spec: dict, device: torch.device | str) -> tuple:
+    """load_for_prediction of a run's fold; spec: of the run, in its config.json.
+
+    Raises ModelError where the file is of another fold, which may have seen what this one held
+    out, or of another network.
+    """
+    path = run_dir / f"fold{fold}_best.pt"
+    network, content = load_for_prediction(path, device)
+    own = content["spec"]
+    same = all(own[key] == spec.get(key) for key in SPEC_KINDS if key != "meta_dim")
+    if content.get("fold") != fold or not same:
+        raise ModelError(
+            f"{path} is of another run or fold; put the right file in its place or train again"
+        )
     return network, content
 
 

@@ -81,14 +81,13 @@ class Localizer:
         self.key = " ".join(str(facts[name]) for name in ("run", *CHIPNET_LOOK))
         run_dir, networks, saliencies = Path(facts["run"]), {}, {}
         if kind in localize.NETWORK_SOURCES:
-            paths = {k: run_dir / f"fold{k}_best.pt" for k in facts["folds"]}
-            networks = {k: models.load_for_prediction(path, device)[0] for k, path in paths.items()}
+            spec = util.read_config(run_dir)["spec"]
+            networks = {k: models.load_fold(run_dir, k, spec, device)[0] for k in facts["folds"]}
         if "saliency" in kind:
-            network, content = models.load_checkpoint(crop_dir / "saliency.pt", device)
-            saliencies = {
-                int(k): localize.Saliency(network, **part)
-                for k, part in content["saliency"].items()
-            }
+            path = crop_dir / "saliency.pt"
+            saliencies = localize.read_saliencies(path, *models.load_checkpoint(path, device))
+            if not set(facts["folds"]) <= saliencies.keys():
+                raise InputError(f"{path} is of other folds than the crops; crop and train again")
             self.key += f" {crop_dir}"
         self.sources = [
             localize.make_source(kind, networks.get(k), saliencies.get(k), facts["shifts"])
@@ -128,7 +127,7 @@ class Run:
         self.networks, self.encoders = {}, {}
         for fold in util.read_metrics(run_dir)["folds"]:
             k = fold["fold"]
-            network, content = models.load_for_prediction(run_dir / f"fold{k}_best.pt", device)
+            network, content = models.load_fold(run_dir, k, config["spec"], device)
             self.networks[k], self.encoders[k] = network, MetaEncoder(content["encoder"])
             self.size = content["spec"]["image_size"]
         self.inputs = models.MODELS[config["args"]["model"]].inputs
@@ -233,7 +232,7 @@ def list_images(inputs: list[Path]) -> dict[str, Path]:
         if path.is_dir():
             new = sorted(set(util.index_images(path).values()))
             if not new:
-                raise InputError(f"{path} holds no jpg, jpeg or png")
+                raise InputError(f"{path} holds no jpg, jpeg or png; pass another folder")
         else:
             new = [path]
         for image in new:
@@ -253,7 +252,7 @@ def read_chunks(
             return util.read_square(path, size)
         except InputError as error:
             if on_error == "fail":
-                raise InputError(f"{error}; repair it or pass --on_error skip") from None
+                raise InputError(f"{error}, or pass --on_error skip") from None
             tqdm.write(f"skipped {error}")
             return None
 
@@ -295,8 +294,10 @@ def main(args: argparse.Namespace) -> Path:
     paths = list_images(args.images)
     paths = dict(list(paths.items())[: args.limit])
     meta = None if args.csv is None else util.read_table(args.csv, (), args.image_col)
-    if meta is not None:
-        meta = meta.rename(columns={args.image_col: ID})
+    if meta is not None and not meta[ID].isin(paths).any():
+        raise InputError(f"{args.csv} names none of the images; write their names without suffix")
+    if args.output.resolve() in {path.resolve().parent for path in paths.values()}:
+        raise InputError(f"--output {args.output} holds the images; pass another folder")
     output = util.claim_dir(args.output, "predictions.csv", args.overwrite)
     tables = []
     with tqdm(total=len(paths), unit="image") as bar:
@@ -315,7 +316,7 @@ def main(args: argparse.Namespace) -> Path:
             tables.append(rows)
             bar.update(len(rows))
     if not tables:
-        raise InputError("none of the images could be read")
+        raise InputError("none of the images could be read; pass others")
     table = pd.concat(tables)
     util.write_table(output / "predictions.csv", table)
     print(f"{len(table)} images, mean {table[PROB].mean():.3f}; wrote {output}")

@@ -29,7 +29,7 @@ EXAMPLE_CSV = Path("example_data/train.csv")
 
 def read_labels(path: Path, args: argparse.Namespace, columns: dict[str, str]) -> pd.DataFrame:
     """Read an input table and give the columns {theirs: ours} the project's names."""
-    table = util.read_table(path, columns, args.image_col)[: args.limit]
+    table = util.read_table(path, columns, args.image_col)
     for theirs, ours in columns.items():
         if theirs != ours and ours in table:
             raise InputError(f"{path} has both {theirs!r} and {ours!r}; rename the second")
@@ -47,6 +47,10 @@ def locate(table: pd.DataFrame, index: dict[str, Path], image_dir: Path, skip: b
         )
     for name in missing:
         tqdm.write(f"skipped {name}: no such image in {image_dir}")
+    names: dict[Path, str] = {}
+    for name, path in zip(table[ID], paths, strict=True):
+        if path is not None and names.setdefault(path, name) != name:
+            raise InputError(f"{names[path]!r} and {name!r} are one image, {path}; remove a row")
     return paths
 
 
@@ -67,7 +71,7 @@ def fill_array(
             square, size = util.read_square(paths[row], args.size, args.exact)
         except InputError as error:
             if args.on_error == "fail":
-                raise InputError(f"{error}; repair it or pass --on_error skip") from None
+                raise InputError(f"{error}, or pass --on_error skip") from None
             tqdm.write(f"skipped {table[ID].iloc[row]}: {error}")
             return 0, 0
         array.write(row, square)
@@ -158,25 +162,43 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, pd.DataFrame], dict
     Raises InputError for whatever can be known to be wrong before an image is read.
     """
     inputs = find_inputs(args)
-    names = {args.image_col: ID}
-    tables = {"train": read_labels(inputs["train"], args, names | {args.target_col: TARGET})}
+    if args.image_col == args.target_col:
+        raise InputError(f"--image_col and --target_col are both {args.image_col}; pass two")
+    columns = {args.target_col: TARGET}
+    tables = {"train": read_labels(inputs["train"], args, columns)[: args.limit]}
     target = util.check_target(tables["train"], args.train_csv)
     if FOLD in tables["train"]:
         raise InputError(f"{args.train_csv} has a column 'fold' already; rename or remove it")
     group = util.groups_of(tables["train"], group_column(tables["train"], args))
     assign_folds(target, group, args.n_folds, args.seed)
     if "test" in inputs:
-        tables["test"] = read_labels(inputs["test"], args, names)
+        tables["test"] = read_labels(inputs["test"], args, {})
     if "sample_submission" in inputs:
-        sample = read_labels(inputs["sample_submission"], args, names)
-        if set(sample[ID]) != set(tables["test"][ID]):
-            raise InputError(f"{inputs['sample_submission']} and the test table name other images")
+        sample = read_labels(inputs["sample_submission"], args, {})
+        odd = sorted(set(sample[ID]) ^ set(tables["test"][ID]))
+        if odd:
+            raise InputError(
+                f"{inputs['sample_submission']} and {inputs['test']} do not name the same images: "
+                f"only one has {odd[0]!r}; repair or remove one of them"
+            )
         tables["sample_submission"] = sample
+    if "test" in inputs:
+        tables["test"] = tables["test"][: args.limit]
     return tables, inputs
 
 
-def claim_output(paths: dict[str, list], args: argparse.Namespace) -> Path:
-    """Create the output directory, or go on with what a stopped run or other shards began."""
+def claim_output(
+    paths: dict[str, list], inputs: dict[str, Path], image_dir: Path, args: argparse.Namespace
+) -> Path:
+    """Create the output directory, or go on with what a stopped run or other shards began.
+
+    Raises InputError where input would be overwritten.
+    """
+    outputs = {(args.output_dir / f"{split}.csv").resolve() for split in inputs}
+    given = {path.resolve() for path in (image_dir, *inputs.values())}
+    own = {args.output_dir.resolve(), *outputs} & given
+    if own:
+        raise InputError(f"--output_dir {args.output_dir} would overwrite {min(own)}; pass another")
     settings = {"size": args.size, "exact": args.exact}
     for split, found in paths.items():
         listing = hashlib.sha256("\n".join(map(str, found)).encode())
@@ -194,7 +216,7 @@ def main(args: argparse.Namespace) -> Path:
         for split in ("train", "test")
         if split in tables
     }
-    output_dir = claim_output(paths, args)
+    output_dir = claim_output(paths, inputs, image_dir, args)
     arrays = {split: util.array_path(output_dir, split, args.size) for split in paths}
     filled = {
         split: fill_array(tables[split], paths[split], arrays[split], args) for split in paths
@@ -248,7 +270,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     out.add_argument("--output_dir", type=Path, default=Path("data"), help="where to write")
     out.add_argument("--size", type=count, default=224, help="side in pixels")
     out.add_argument("--n_folds", type=util.number(int, 2), default=3, help="held-out folds")
-    out.add_argument("--seed", type=util.number(int, 0), default=0, help="seed of the folds")
+    out.add_argument("--seed", type=util.number(int, 0, 2**32 - 1), default=0, help="of the folds")
     out.add_argument("--workers", type=count, default=os.cpu_count(), help="threads")
     out.add_argument("--exact", action="store_true", help="decode every JPEG in full")
     out.add_argument("--shard", type=util.shard, metavar="I/N", help="write every N-th image, from "

@@ -158,11 +158,10 @@ def find_arrays(settings: argparse.Namespace, data: util.Data) -> tuple[dict, di
     inputs = models.MODELS[settings.model].inputs
     if settings.crop_dir is None or len(inputs) > 1 or settings.jitter:
         for split in data.tables():
-            path = util.array_path(data.directory, split, data.size)
-            needed[path] = data.facts["sha256"][path.name]
+            needed[util.array_path(data.directory, split, data.size)] = data.size
     if settings.crop_dir is not None:
-        keys = ("folds_sha256", "source", "sha256", "wide_size")
-        crop = util.read_json(settings.crop_dir / "crop.json", keys)
+        kinds = {"folds_sha256": str, "source": str, "sha256": dict, "wide_size": int}
+        crop = util.read_json(settings.crop_dir / "crop.json", kinds)
         if crop["folds_sha256"] != util.folds_sha256(data.train):
             raise InputError(
                 f"{settings.crop_dir} was cropped for other folds than {data.directory} has; run "
@@ -171,12 +170,16 @@ def find_arrays(settings: argparse.Namespace, data: util.Data) -> tuple[dict, di
         splits = [(split, data.size) for split in data.tables()]
         splits += [("train_wide", crop["wide_size"])] if settings.jitter else []
         for split, size in splits:
-            path = util.array_path(settings.crop_dir, split, size)
-            needed[path] = crop["sha256"][path.name]
-    for path in needed:
+            needed[util.array_path(settings.crop_dir, split, size)] = size
+    hashes = {}
+    for path, size in needed.items():
         table = data.test if path.name.startswith("test") else data.train
-        util.open_array(path, len(table))
-    return {f"{path.parent.name}/{path.name}": value for path, value in needed.items()}, crop
+        util.open_array(path, len(table), size)
+        listed = (data.facts if path.parent == data.directory else crop)["sha256"]
+        if path.name not in listed:
+            raise InputError(f"{path} is not among what its folder's json lists; make it again")
+        hashes[f"{path.parent.name}/{path.name}"] = listed[path.name]
+    return hashes, crop
 
 
 def read_tables(settings: argparse.Namespace, data: util.Data) -> dict[str, pd.DataFrame]:
@@ -220,7 +223,7 @@ def fold_weights(settings: argparse.Namespace, data: util.Data, k: int) -> str:
         return settings.weights
     if util.read_config(run_dir)["data"]["folds_sha256"] != util.folds_sha256(data.train):
         raise InputError(f"--weights {run_dir} was trained on other folds; its networks have seen "
-                         "images that are held out here")  # fmt: skip
+                         "images that are held out here; pass others")  # fmt: skip
     return str(run_dir / f"fold{k}_best.pt")
 
 
@@ -371,7 +374,9 @@ def from_leader(value):
 def read_log(run_dir: Path) -> pd.DataFrame:
     """The log so far, one row per fold and epoch."""
     path = run_dir / "log.csv"
-    return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=LOG_COLUMNS)
+    if not path.exists():
+        return pd.DataFrame(columns=LOG_COLUMNS)
+    return util.read_csv(path, LOG_COLUMNS, id_col=None)
 
 
 def write_log(run_dir: Path, row: dict) -> None:
@@ -420,7 +425,7 @@ def write_gates(run_dir: Path, fold: int, epoch: int, model: torch.nn.Module) ->
     ]
     path = run_dir / "gates.csv"
     if path.exists():
-        old = pd.read_csv(path)
+        old = util.read_csv(path, ("fold", "epoch"), id_col=None)
         old = old[(old["fold"] != fold) | (old["epoch"] < epoch)]
         rows = [*old.to_dict("records"), *rows]
     table = pd.DataFrame(rows).sort_values(["fold", "epoch"], kind="stable")
@@ -490,7 +495,7 @@ def record_gates(run_dir: Path, fold: int, trainer: "Trainer", valid: ImageDatas
     table.insert(0, "fold", fold)
     path = run_dir / "prune.csv"
     if path.exists():
-        old = pd.read_csv(path)
+        old = util.read_csv(path, table.columns, id_col=None)
         table = pd.concat([old[old["fold"] != fold], table]).sort_values("fold", kind="stable")
     util.write_table(path, table)
 

@@ -15,6 +15,8 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,21 +26,34 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 ID, TARGET, FOLD, PROB = "image_name", "target", "fold", "prob"
 PLACE = ("place_x", "place_y", "place_side")  # of a box in its wide crop, in fractions of it
 BOX_SIDE = "box_side"  # of the box over the short side of its image: 1 is the whole square
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 BOOTSTRAP_SAMPLES = 1000
+# Of an original. Mammograms have 30 million, the largest cameras 150, scanned films 200; decoded,
+# a pixel takes four bytes, so that a forged or mistaken file costs 2 GB per thread at most.
+MAX_PIXELS = 500_000_000
 CHUNK = 256  # rows between two records of progress: what a kill may cost
 RANK_MODES = ("rank", "weights", "zoom")  # blends of ranks
 MIN_TPR = 0.8  # the ISIC 2024 score: area under the ROC curve above this sensitivity
 
 
 # ---------------------------------------------------------------- errors and command line
+def one_line(text: str) -> str:
+    """A text without line breaks and control characters, for names in files may hold any; of a
+    very long one the middle is left out."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return line if len(line) <= 900 else f"{line[:600]} ... {line[-280:]}"
+
+
 class InputError(Exception):
     """Bad input: its text is one line that names the file or value and says what to do."""
+
+    def __init__(self, text: str):
+        super().__init__(one_line(text))
 
 
 class Stopped(Exception):
@@ -69,7 +84,7 @@ def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str]
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is not in {low} to {high}")
         return value
 
@@ -86,10 +101,13 @@ def run_script(main: Callable, parser: argparse.ArgumentParser, *expected: type[
     args = parser.parse_args()
     try:
         main(args)
-    except (InputError, OSError, *expected) as error:
-        parser.exit(2, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     except Stopped as stopped:
         parser.exit(stopped.status, f"{parser.prog}: {stopped}\n")
+    except (InputError, *expected) as error:
+        parser.exit(2, f"{parser.prog}: error: {one_line(str(error))}\n")
+    except OSError as error:
+        advice = "make room, change permissions or pass another path"
+        parser.exit(2, f"{parser.prog}: error: {one_line(str(error))}; {advice}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted\n")
 
@@ -104,10 +122,15 @@ def shard(text: str) -> tuple[int, int]:
 
 def claim_dir(path: Path, marker: str, overwrite: bool) -> Path:
     """Create a directory to write to; refuse one that already holds its `marker` file."""
-    if (path / marker).exists() and not overwrite:
-        raise InputError(f"{path} is already finished; pass --overwrite to replace it")
-    (path / marker).unlink(missing_ok=True)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        if (path / marker).exists() and not overwrite:
+            raise InputError(f"{path} is already finished; pass --overwrite to replace it")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / marker).unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written to ({error.strerror}); pass another folder"
+        ) from None
     return path
 
 
@@ -125,7 +148,7 @@ def claim_filling(path: Path, marker: str, args: argparse.Namespace, settings: d
     started = part_of(path / marker)
     if not started.exists():
         write_json(started, settings)
-    for key, value in read_json(started, settings).items():
+    for key, value in read_json(started, dict.fromkeys(settings, object)).items():
         if value != settings[key]:
             raise InputError(
                 f"{path} is unfinished and was begun with {key} = {value}, not {settings[key]}; "
@@ -195,19 +218,53 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, keys: Iterable[str] = ()) -> dict:
-    """Read a JSON object with these keys; raises InputError where it is missing or broken."""
+@contextmanager
+def reading(path: Path, advice: str) -> Iterator[None]:
+    """Within the block, a file that cannot be opened is an InputError with that advice."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        yield
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; run the stage that writes it first") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from None
+        raise InputError(f"{path} is missing; {advice}") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); {advice}") from None
+
+
+def check_keys(path: Path, content: dict, kinds: dict[str, type | tuple]) -> None:
+    """Raise InputError unless JSON content has these keys with values of these types.
+
+    A key may be a path as in "data.folds_sha256"; "*" stands for every item of a list.
+    """
+    for key, kind in kinds.items():
+        values = [content]
+        for part in key.split("."):
+            if part == "*":
+                values = [item for items in values for item in items]
+            elif all(isinstance(value, dict) and part in value for value in values):
+                values = [value[part] for value in values]
+            else:
+                raise InputError(f"{path} has no {key!r}: another version wrote it; make it again")
+        wrong = [value for value in values if not isinstance(value, kind)]
+        if wrong:
+            short = textwrap.shorten(repr(wrong[0]), 60)
+            raise InputError(f"{path}: {key} cannot be {short}; make it again")
+
+
+def read_json(path: Path, kinds: dict[str, type | tuple] | None = None) -> dict:
+    """Read a JSON object, strictly; raises InputError where it is missing, broken, or not as
+    check_keys wants it."""
+
+    def refuse(word: str):
+        raise ValueError(f"{word} is no JSON")
+
+    try:
+        with reading(path, "run the stage that writes it"):
+            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); make it again") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} should hold a JSON object, not a {type(content).__name__}")
-    for key in keys:
-        if key not in content:
-            raise InputError(f"{path} has no {key!r}: another version wrote it; make it again")
+        kind = type(content).__name__
+        raise InputError(f"{path} should hold a JSON object, not a {kind}; make it again")
+    check_keys(path, content, kinds or {})
     return content
 
 
@@ -243,37 +300,71 @@ def provenance() -> dict:
 
 
 # ---------------------------------------------------------------- tables
-def read_csv(path: Path, columns: Iterable[str], id_col: str = ID) -> pd.DataFrame:
-    """Read a csv with text in `id_col` and with all `columns`; raises InputError otherwise."""
+def read_csv(path: Path, columns: Iterable[str], id_col: str | None = ID) -> pd.DataFrame:
+    """Read a csv with all `columns` and with text in `id_col`, which no row lacks.
+
+    Raises InputError naming the file and the column or row at fault.
+    """
+    columns = [*columns] if id_col is None else [id_col, *columns]
+    text = {"encoding": "utf-8-sig", "compression": None, "skipinitialspace": True}
     try:
-        table = pd.read_csv(path, dtype={id_col: str}, encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
+        with reading(path, "check its name"), warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            header = pd.read_csv(path, header=None, nrows=1, dtype=str, **text).iloc[0].dropna()
+            # rows longer than the header are an error, and a column has one type throughout
+            types = {} if id_col is None else {id_col: str}
+            table = pd.read_csv(path, dtype=types, index_col=False, low_memory=False, **text)
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save it as CSV UTF-8") from None
+    except pd.errors.ParserWarning:
+        raise InputError(f"{path} has rows longer than its header; save it anew") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{path} is not a readable csv ({error})") from None
-    for column in (id_col, *columns):
+        raise InputError(f"{path} is not a readable csv ({error}); save it anew") from None
+    if header.duplicated().any():
+        twice = header[header.duplicated()].iloc[0]
+        raise InputError(f"{path} has two columns {twice!r}; rename or remove one")
+    for column in columns:
         if column not in table:
-            raise InputError(f"{path} has no column {column!r}; it has {', '.join(table)}")
+            names = textwrap.shorten(", ".join(table), 300, placeholder=" ...")
+            raise InputError(
+                f"{path} has no column {column!r}; it has {names}: rename one, or separate them "
+                "by commas"
+            )
     if table.empty:
-        raise InputError(f"{path} has no rows")
+        raise InputError(f"{path} has no rows; fill it")
+    if id_col is not None and table[id_col].isna().any():
+        row = int(np.flatnonzero(table[id_col].isna())[0]) + 2
+        raise InputError(f"{path} line {row}: {id_col} is empty or NA; fill it in or remove it")
     return table
 
 
 def read_table(path: Path, columns: Iterable[str] = (), id_col: str = ID) -> pd.DataFrame:
-    """Read a csv of images: `id_col` is present and unique in every row.
+    """Read a csv of images: `id_col` is unique in every row, and called image_name from here on.
 
     Raises InputError naming the file and the column or row at fault.
     """
     table = read_csv(path, columns, id_col)
-    if table[id_col].isna().any():
-        row = int(np.flatnonzero(table[id_col].isna())[0]) + 2
-        raise InputError(f"{path} line {row}: {id_col} is empty")
     if table[id_col].duplicated().any():
         name = table.loc[table[id_col].duplicated(), id_col].iloc[0]
-        raise InputError(f"{path} names {id_col} {name!r} more than once")
-    return table
+        raise InputError(f"{path} names {id_col} {name!r} more than once; remove a row")
+    if id_col != ID and ID in table:
+        raise InputError(f"{path} has both {id_col!r} and {ID!r}; rename the second")
+    return table.rename(columns={id_col: ID})
+
+
+def numbers(
+    table: pd.DataFrame, column: str, path: Path, low: float = -math.inf, high: float = math.inf
+) -> np.ndarray:
+    """A column of a table as float (N,); raises InputError unless all are numbers in low..high."""
+    values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
+    bad = ~(np.isfinite(values) & (values >= low) & (values <= high))
+    if bad.any():
+        row = table[bad].iloc[0]
+        span = "" if low == -math.inf else f" from {low:g} to {high:g}"
+        raise InputError(
+            f"{path}: {column} of {row[ID]} is {str(row[column])!r}; it must be a number{span}"
+        )
+    return values
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -284,11 +375,12 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 def check_target(table: pd.DataFrame, path: Path) -> np.ndarray:
     """Targets as int (N,); raises InputError unless all are 0 or 1 and both occur."""
-    bad = ~table[TARGET].isin([0, 1])
+    values = pd.to_numeric(table[TARGET], errors="coerce")
+    bad = ~values.isin([0, 1])
     if bad.any():
         row = table[bad].iloc[0]
-        raise InputError(f"{path}: target of {row[ID]} is {row[TARGET]!r}; it must be 0 or 1")
-    target = table[TARGET].to_numpy(dtype=int)
+        raise InputError(f"{path}: target of {row[ID]} is {str(row[TARGET])!r}; it must be 0 or 1")
+    target = values.to_numpy(dtype=int)
     if len(np.unique(target)) < 2:
         raise InputError(f"{path}: every target is {target[0]}; both classes are needed")
     return target
@@ -330,17 +422,27 @@ def read_data(data_dir: Path) -> Data:
 
     Raises InputError where a table is missing or was changed since.
     """
-    keys = ("size", "n_folds", "group_col", "image_dir", "sha256")
-    facts = read_json(data_dir / "preprocess.json", keys)
-    columns = {"train.csv": (TARGET, FOLD), "test.csv": (), "sample_submission.csv": ()}
+    kinds = {
+        "size": int, "n_folds": int, "group_col": (str, type(None)), "image_dir": str,
+        "sha256": dict,
+    }  # fmt: skip
+    facts = read_json(data_dir / "preprocess.json", kinds)
+    columns = {
+        "train.csv": (TARGET, FOLD, "width", "height"),
+        "test.csv": ("width", "height"),
+        "sample_submission.csv": (),
+    }
     tables = dict.fromkeys(columns)
     for name in columns:
-        if name in facts["sha256"]:
+        if name in facts["sha256"] or name == "train.csv":
             tables[name] = read_table(data_dir / name, columns[name])
-            if sha256(data_dir / name) != facts["sha256"][name]:
+            if sha256(data_dir / name) != facts["sha256"].get(name):
                 raise InputError(
                     f"{data_dir / name} was changed after preprocessing; run preprocess.py again"
                 )
+    folds = set(tables["train.csv"][FOLD])
+    if len(folds) != facts["n_folds"] or folds != set(range(len(folds))):
+        raise InputError(f"{data_dir} has other folds than its json says; run preprocess.py again")
     sample = tables["sample_submission.csv"]
     submission_ids = None if sample is None else sample[ID].tolist()
     return Data(data_dir, tables["train.csv"], tables["test.csv"], submission_ids, facts)
@@ -364,9 +466,17 @@ def with_box_side(table: pd.DataFrame, crop_dir: Path, split: str) -> pd.DataFra
     boxes = read_table(path, ("x0", "x1", *PLACE))
     if boxes[ID].tolist() != table[ID].tolist():
         raise InputError(f"{path} has boxes of other images than the table; run crop.py again")
-    short = table[["width", "height"]].min(axis=1)
-    place = {column: boxes[column].to_numpy() for column in PLACE}
-    return table.assign(**{BOX_SIDE: (boxes["x1"] - boxes["x0"]).to_numpy() / short}, **place)
+    place = {column: numbers(boxes, column, path, 0, 1) for column in PLACE}
+    width = numbers(boxes, "x1", path) - numbers(boxes, "x0", path)
+    side = width / table[["width", "height"]].min(axis=1)
+    end = np.maximum(place["place_x"], place["place_y"]) + place["place_side"]
+    bad = (side <= 0) | (side > 1 + 1e-6) | (place["place_side"] <= 0) | (end > 1 + 1e-6)
+    if bad.any():
+        raise InputError(
+            f"{path}: the box of {table[ID][bad].iloc[0]} is not inside its image; run crop.py "
+            "again"
+        )
+    return table.assign(**{BOX_SIDE: side}, **place)
 
 
 # ---------------------------------------------------------------- arrays
@@ -483,23 +593,31 @@ def chunked(rows: np.ndarray, part: tuple[int, int] | None) -> Iterator[np.ndarr
 def map_array(path: Path, stage: str = "the stage that writes it") -> np.ndarray:
     """Memory-map an array that `stage` wrote; raises InputError where it is missing or broken."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; run {stage} first") from None
-    except (ValueError, EOFError) as error:
+        with reading(path, f"run {stage} first"), np.errstate(over="ignore"):  # of absurd shapes
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except InputError:
+        raise
+    except Exception as error:  # numpy raises many types on broken headers
         raise InputError(f"{path} is not a readable array ({error}); write it again") from None
+    if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
+        raise InputError(f"{path} is not one array in C order; write it again")
+    return array
 
 
-def open_array(path: Path, rows: int) -> np.ndarray:
-    """Memory-map a uint8 (rows, S, S, 3) array; raises InputError if it is anything else."""
+def open_array(path: Path, rows: int, size: int | None = None) -> np.ndarray:
+    """Memory-map a uint8 (rows, S, S, 3) array, of S = size px where that is known; raises
+    InputError if it is anything else."""
     array = map_array(path)
     good = array.ndim == 4 and array.shape[1] == array.shape[2] and array.shape[3] == 3
-    if array.dtype != np.uint8 or not good:
+    if array.dtype != np.uint8 or not good or size not in (None, array.shape[1]):
         raise InputError(
-            f"{path} holds {array.dtype} {array.shape}; uint8 (N, size, size, 3) is expected"
+            f"{path} holds {array.dtype} {array.shape}; uint8 (N, {size or 'size'}, "
+            f"{size or 'size'}, 3) is expected: write it again"
         )
     if len(array) != rows:
-        raise InputError(f"{path} has {len(array)} images but its table has {rows} rows")
+        raise InputError(
+            f"{path} has {len(array)} images but its table has {rows} rows; write it again"
+        )
     return array
 
 
@@ -539,19 +657,29 @@ def open_maps(path: Path, rows: int) -> np.ndarray:
     maps = map_array(path, "crop.py")
     if maps.dtype != np.float32 or maps.ndim != 3 or len(maps) != rows:
         raise InputError(
-            f"{path} holds {maps.dtype} {maps.shape}; float32 ({rows}, h, w) is expected"
+            f"{path} holds {maps.dtype} {maps.shape}; float32 ({rows}, h, w) is expected: "
+            "run crop.py again"
         )
     return maps
 
 
 # ---------------------------------------------------------------- images
 def index_images(image_dir: Path) -> dict[str, Path]:
-    """Images of a folder by file name and by name without suffix (jpg, jpeg, png, any case)."""
+    """Images of a folder by file name and by name without suffix (jpg, jpeg, png, any case).
+
+    Raises InputError where two share a name, or where one is a link to another place.
+    """
     if not image_dir.is_dir():
         raise InputError(f"{image_dir} is not a folder; pass the images' folder with --image_dir")
     index: dict[str, Path] = {}
+    root = os.path.realpath(image_dir)
     for path in sorted(image_dir.iterdir()):
         if path.suffix.lower() in IMAGE_SUFFIXES:
+            target = os.path.realpath(path) if path.is_symlink() else root
+            if not Path(target).is_relative_to(root):
+                raise InputError(
+                    f"{path} is a link to {target}, outside of its folder; put the image there"
+                )
             if path.stem in index:
                 raise InputError(f"{index[path.stem]} and {path.name} share a name; remove one")
             index[path.stem] = index[path.name] = path
@@ -562,6 +690,8 @@ def index_images(image_dir: Path) -> dict[str, Path]:
 # next. Blocks are of 16 MB; 24 megapixels take six.
 PILLOW_BLOCKS = 8 * (os.cpu_count() or 1)
 Image.core.set_blocks_max(PILLOW_BLOCKS)
+Image.MAX_IMAGE_PIXELS = None  # read_image has a limit of its own, and no warning below it
+warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF: an image is read or an error
 
 
 def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
@@ -572,25 +702,32 @@ def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tu
     are converted; an alpha channel is dropped; 16-bit grey is scaled to 8 bit (65535 -> 255).
     Raises InputError naming the file where it is missing, broken or of another kind.
     """
+    with reading(path, "repair it"):
+        file = open(path, "rb")
     try:
-        with Image.open(path) as image:
+        # no other format, whatever the suffix: Pillow hands some to outside programs
+        with file, Image.open(file, formats=("JPEG", "PNG")) as image:
             width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise InputError(
+                    f"{path} claims {width} x {height} px, more than {MAX_PIXELS:,}; shrink it"
+                )
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             image.load()
             orientation = image.getexif().get(0x0112, 1)
             # an image as it should be is passed on: a copy of a large one costs as much as decoding
             upright = image if orientation == 1 else ImageOps.exif_transpose(image)
-            turned = orientation >= 5  # the orientations that swap the sides
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
+            turned = orientation in (5, 6, 7, 8)  # the orientations that swap the sides
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is no JPEG or PNG; convert it") from None
     except Exception as error:  # Pillow's plugins raise many types on broken files
-        raise InputError(f"{path} is not a readable image ({error})") from None
+        raise InputError(f"{path} is not a readable image ({error}); repair it") from None
     if upright.mode.startswith("I"):
         grey = np.asarray(upright).astype(np.float64) / 257
         upright = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
-    elif upright.mode == "F":
-        raise InputError(f"{path} holds floating-point pixels; convert it to 8 or 16 bit")
     rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
     return rgb, (height, width) if turned else (width, height)
 
@@ -721,22 +858,63 @@ def zoom_weights(side: np.ndarray, cropped: np.ndarray, base: float, slope: floa
 
 
 # ---------------------------------------------------------------- run directories
+NUMBER, MAYBE = (int, float), type(None)
+CONFIG = {"args": dict, "args.data_dir": str, "data": dict, "data.folds_sha256": str}
+RUN_CONFIG = {"args.model": str, "args.tta": int, "spec": dict, "crop": (dict, MAYBE),
+              "args.crop_dir": (str, MAYBE)}  # fmt: skip
+BLEND_CONFIG = {
+    "args.mode": str, "zoom": (list, MAYBE), "members": list, "members.*.run": str,
+    "members.*.weight": NUMBER,
+}  # fmt: skip
+METRICS = {
+    "folds": list, "folds.*.fold": int, "folds.*.auc": NUMBER, "pooled": dict, "ranked": dict,
+    "ranked.auc": NUMBER, "ranked.auc_interval": list,
+}  # fmt: skip
+
+
+def check_pair(path: Path, name: str, value: list) -> None:
+    """Raise InputError unless a list is of two numbers."""
+    if len(value) != 2 or not all(isinstance(number, NUMBER) for number in value):
+        raise InputError(f"{path}: {name} should be two numbers; make it again")
+
+
 def read_config(run_dir: Path) -> dict:
     """config.json of a run or blend."""
-    return read_json(run_dir / "config.json", ("args", "data"))
+    path = run_dir / "config.json"
+    config = read_json(path, CONFIG)
+    check_keys(path, config, BLEND_CONFIG if "members" in config else RUN_CONFIG)
+    if "members" in config and config["zoom"] is not None:
+        check_pair(path, "zoom", config["zoom"])
+    return config
 
 
 def read_metrics(run_dir: Path) -> dict:
     """metrics.json of a finished run or blend."""
-    return read_json(run_dir / "metrics.json", ("folds", "pooled", "ranked"))
+    path = run_dir / "metrics.json"
+    metrics = read_json(path, METRICS)
+    check_pair(path, "auc_interval", metrics["ranked"]["auc_interval"])
+    if not metrics["folds"]:
+        raise InputError(f"{path} has no folds; train the run again")
+    return metrics
 
 
 def read_predictions(run_dir: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
-    """A prediction table of a run (ids may repeat over folds); prob must be finite."""
-    table = read_csv(run_dir / name, columns)
-    bad = ~np.isfinite(table[PROB])
-    if bad.any():
-        raise InputError(f"{run_dir / name}: prob of {table[ID][bad].iloc[0]} is not finite")
+    """A prediction table of a run: ids, which may repeat over folds, whole fold numbers,
+    probabilities; targets are 0 or 1. Raises InputError otherwise."""
+    path = run_dir / name
+    table = read_csv(path, columns)
+    spans = {FOLD: (0, 1000), TARGET: (0, 1), PROB: (0, 1)}
+    for column in spans.keys() & set(columns):
+        values = numbers(table, column, path, *spans[column])
+        if column != PROB:
+            odd = values != np.floor(values)
+            if odd.any():
+                row = table[odd].iloc[0]
+                raise InputError(
+                    f"{path}: {column} of {row[ID]} is {row[column]}; it must be a whole number"
+                )
+            values = values.astype(int)
+        table[column] = values
     return table
 
 

@@ -188,7 +188,7 @@ def main(args: argparse.Namespace) -> None:
         ),
     }
     for path in sorted(args.data_dir.glob("crops/*/train_attention.npy")):
-        name, maps = path.parent.name, np.load(path)[rows]
+        name, maps = path.parent.name, np.load(path, allow_pickle=False)[rows]
         for num_devs in (1.5, 1.0):
             boxes = [clipped_box(m, num_devs, size) for m, size in zip(maps, sizes, strict=True)]
             table[f"{name}, original k = {num_devs}"] = boxes, maps

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 SMALL_MODEL = [
@@ -21,6 +22,14 @@ SMALL_MODEL = [
     "--lr", "1e-3", "--head_lr", "1e-3", "--epochs", "1", "--batch_size", "8", "--workers", "0",
     "--tta", "2", "--device", "cpu",
 ]  # fmt: skip
+
+# of tests/test_fuzz.py: the same few cases every time, or with --hypothesis-profile long many new
+for name, examples in (("short", 30), ("long", 1000)):
+    settings.register_profile(
+        name, max_examples=examples, deadline=None, derandomize=name == "short", database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+settings.load_profile("short")
 
 
 @pytest.fixture(autouse=True)

@@ -164,7 +164,7 @@ def spoil(runs, name, change):
         (lambda t: t[1:], "only chipnet predicts 0000"),
         (lambda t: t.assign(fold=1 - t["fold"]), "do not match"),
         (lambda t: t.assign(target=1 - t["target"]), "do not match"),
-        (lambda t: t.assign(prob=np.nan), r"prob of 0000 is not finite"),
+        (lambda t: t.assign(prob=np.nan), r"prob of 0000 is .nan.; it must be a number"),
         (lambda t: t.drop(columns="prob"), "no column 'prob'"),
         (lambda t: pd.concat([t, t[:1]]), "do not match|more than once"),
     ],
