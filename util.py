@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -348,11 +349,12 @@ class Data:
 def read_data(data_dir: Path) -> Data:
     """Read a directory that preprocess.py finished.
 
-    Raises InputError where a table is missing or was changed since.
+    Raises InputError where a table is missing or was changed since, or a group lies in two folds.
     """
     keys = ("size", "n_folds", "group_col", "image_dir", "sha256")
     facts = read_json(data_dir / "preprocess.json", keys)
-    columns = {"train.csv": (TARGET, FOLD), "test.csv": (), "sample_submission.csv": ()}
+    group = [] if facts["group_col"] is None else [facts["group_col"]]
+    columns = {"train.csv": (TARGET, FOLD, *group), "test.csv": (), "sample_submission.csv": ()}
     tables = dict.fromkeys(columns)
     for name in columns:
         if name in facts["sha256"]:
@@ -363,7 +365,22 @@ def read_data(data_dir: Path) -> Data:
                 )
     sample = tables["sample_submission.csv"]
     submission_ids = None if sample is None else sample[ID].tolist()
-    return Data(data_dir, tables["train.csv"], tables["test.csv"], submission_ids, facts)
+    data = Data(data_dir, tables["train.csv"], tables["test.csv"], submission_ids, facts)
+    check_groups(data)
+    return data
+
+
+def check_groups(data: Data) -> int:
+    """Number of groups of the training images; raises InputError where one lies in two folds."""
+    folds = data.train[FOLD].groupby(data.group.to_numpy()).unique()
+    for name, found in folds.items():
+        if len(found) > 1:
+            raise InputError(
+                f"{data.directory / 'train.csv'}: {data.facts['group_col']} {name.partition(':')[2]} "
+                f"lies in folds {found[0]} and {found[1]}, so that networks would be scored on what "
+                "they were trained on; run preprocess.py again"
+            )
+    return len(folds)
 
 
 def groups_of(table: pd.DataFrame, group_col: str | None) -> np.ndarray:
@@ -754,10 +771,24 @@ def read_metrics(run_dir: Path) -> dict:
 def read_predictions(run_dir: Path, name: str, columns: Iterable[str]) -> pd.DataFrame:
     """A prediction table of a run (ids may repeat over folds); prob must be finite."""
     table = read_csv(run_dir / name, columns)
-    bad = ~np.isfinite(table[PROB])
+    bad = ~np.isfinite(pd.to_numeric(table[PROB], errors="coerce"))
     if bad.any():
         raise InputError(f"{run_dir / name}: prob of {table[ID][bad].iloc[0]} is not finite")
     return table
+
+
+def score_folds(oof: pd.DataFrame, data: Data, folds: Iterable[int]) -> dict:
+    """Scores of held-out predictions in every fold, over all rows, and over ranks inside folds."""
+    group, fold = data.group[oof[ID]].to_numpy(), oof[FOLD].to_numpy()
+    target, prob = oof[TARGET].to_numpy(), oof[PROB].to_numpy()
+    return {
+        "folds": [
+            {"fold": k, **score(target[fold == k], prob[fold == k], group[fold == k])}
+            for k in folds
+        ],
+        "pooled": score(target, prob, group),
+        "ranked": score(target, rank_in_fold(prob, fold), group),
+    }
 
 
 def write_run(
@@ -773,28 +804,24 @@ def write_run(
     oof: image_name, fold, target, prob. test: image_name, fold, prob, or None. folds: one dict
     of facts per fold (at least its number), to which the scores are added. extra: further metrics.
     """
-    group = data.group[oof[ID]].to_numpy()
-    target, prob = oof[TARGET].to_numpy(), oof[PROB].to_numpy()
-    for fold in folds:
-        rows = (oof[FOLD] == fold["fold"]).to_numpy()
-        fold |= score(target[rows], prob[rows], group[rows])
-    metrics = {
-        "folds": folds,
-        "pooled": score(target, prob, group),
-        "ranked": score(target, rank_in_fold(prob, oof[FOLD].to_numpy()), group),
-        **extra,
-    }
+    metrics = score_folds(oof, data, [fold["fold"] for fold in folds]) | extra
+    scores = metrics["folds"]
+    metrics["folds"] = [facts | new for facts, new in zip(folds, scores, strict=True)]
     write_table(run_dir / "oof.csv", oof)
     if test is not None:
         write_table(run_dir / "test_predictions.csv", test)
-        mean = test.groupby(ID)[PROB].mean()
-        ids = pd.Index(data.submission_ids or data.test[ID])
-        ids = ids[ids.isin(mean.index)]  # a dry run with --limit predicts some
-        submission = pd.DataFrame({ID: ids, TARGET: mean[ids].to_numpy()})
-        write_table(run_dir / "submission.csv", submission)
+        write_table(run_dir / "submission.csv", mean_over_folds(test, data))
     plot_roc(run_dir / "roc.png", oof)
     write_json(run_dir / "metrics.json", metrics)
     return metrics
+
+
+def mean_over_folds(test: pd.DataFrame, data: Data) -> pd.DataFrame:
+    """The submission: mean probability of the test images predicted, in the sample's order."""
+    mean = test.groupby(ID)[PROB].mean()
+    ids = pd.Index(data.submission_ids or data.test[ID])
+    ids = ids[ids.isin(mean.index)]  # a dry run with --limit predicts some
+    return pd.DataFrame({ID: ids, TARGET: mean[ids].to_numpy()})
 
 
 def metrics_line(name: str, metrics: dict) -> str:
@@ -832,3 +859,306 @@ def plot_roc(path: Path, oof: pd.DataFrame) -> None:
     axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="Held-out folds")
     axes.legend(loc="lower right")
     save_figure(path, figure)
+
+
+# ---------------------------------------------------------------- audit
+@dataclass
+class Claims:
+    """What a run says of itself, and the data it says it of."""
+
+    run_dir: Path
+    data: Data
+    config: dict
+    metrics: dict
+    oof: pd.DataFrame
+    test: pd.DataFrame | None
+
+    @property
+    def folds(self) -> list[int]:
+        """The finished folds."""
+        return [fold["fold"] for fold in self.metrics["folds"]]
+
+    @property
+    def limit(self) -> int | None:
+        """The --limit of a dry run; a blend has that of its members."""
+        config = self.config
+        while "members" in config:
+            config = read_config(Path(config["members"][0]["run"]))
+        return config["args"]["limit"]
+
+    @property
+    def crop_dir(self) -> Path | None:
+        """Where its crops lie, if it looks at crops."""
+        return Path(self.config["args"]["crop_dir"]) if self.config.get("crop") else None
+
+    def checkpoint(self, k: int) -> dict:
+        """The best checkpoint of a fold; raises InputError where it is that of another fold."""
+        return read_checkpoint(self.run_dir / f"fold{k}_best.pt", k)
+
+
+def demand(good: bool, problem: str) -> None:
+    """Raise InputError unless all is well."""
+    if not good:
+        raise InputError(problem)
+
+
+def same(one, other) -> bool:
+    """Equality of numbers and tables of numbers but for the last digits; other values exactly."""
+    try:
+        return np.allclose(np.array(one, float), np.array(other, float), 1e-9, 1e-9, True)
+    except (TypeError, ValueError):
+        return one == other
+
+
+def read_checkpoint(path: Path, k: int) -> dict:
+    """A checkpoint of fold k; raises InputError where it is another fold's."""
+    import torch
+
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    demand(content["fold"] == k, f"{path} is the network of fold {content['fold']}")
+    return content
+
+
+def check_rows(name: str, found: pd.DataFrame, expected: pd.DataFrame) -> str:
+    """Every expected row is there once, and no other, with a probability."""
+    keys = list(expected)
+    both = expected.merge(found[keys], how="outer", indicator="side")
+    for row in both[both["side"] != "both"].to_dict("records")[:1]:
+        what = "lacks" if row["side"] == "left_only" else "should not have"
+        words = ", ".join(f"{key} {row[key]}" for key in keys)
+        raise InputError(f"{name} {what} {words}, by the data's tables")
+    for row in found[found.duplicated(ID if FOLD not in keys else [ID, FOLD])].to_dict("records"):
+        raise InputError(f"{name} has {row[ID]} more than once")
+    for row in found[~found[PROB].between(0, 1)].to_dict("records"):
+        raise InputError(f"{name}: prob of {row[ID]} is {row[PROB]}")
+    return f"{len(found)} rows, each once, prob in 0 to 1"
+
+
+def check_folds(run: Claims) -> str:
+    """The run was made on these folds, and they keep groups whole."""
+    recorded = run.config["data"]["folds_sha256"]
+    demand(recorded == folds_sha256(run.data.train), f"{run.data.directory} has other folds")
+    return f"{len(run.data.train)} rows as hashed, {check_groups(run.data)} groups in one fold each"
+
+
+def check_files(run: Claims) -> str:
+    """Tables and arrays of the data and the crops are those the run was made on."""
+    sources, known = [(run.data.directory, run.data.facts["sha256"])], {}
+    names = [Path(run.config["args"]["data_dir"]).name]
+    if run.crop_dir is not None:
+        sources.append((run.crop_dir, run.config["crop"]["sha256"]))
+        names.append(run.crop_dir.name)
+    for name, (folder, hashes) in zip(names, sources, strict=True):
+        for file, value in hashes.items():
+            demand(sha256(folder / file) == value, f"{folder / file} was changed")
+            known[f"{name}/{file}"] = value
+    for name, value in run.config["data"].get("arrays", {}).items():
+        demand(known.get(name) == value, f"{name} is not the array it was trained on")
+    return f"{len(known)} files as hashed"
+
+
+def check_oof(run: Claims) -> str:
+    """oof.csv has every held-out row of the finished folds."""
+    train = run.data.train
+    held_out = train[train[FOLD].isin(run.folds)]
+    if run.limit:
+        held_out = held_out.groupby([FOLD, TARGET]).head(run.limit)
+    return check_rows("oof.csv", run.oof, held_out[[ID, FOLD, TARGET]])
+
+
+def check_test(run: Claims) -> str | None:
+    """test_predictions.csv has every test image in every finished fold."""
+    if run.data.test is None:
+        return None
+    demand(run.test is not None, "test_predictions.csv is missing")
+    ids = run.data.test[[ID]][: run.limit]
+    expected = ids.merge(pd.DataFrame({FOLD: run.folds}), how="cross")
+    return check_rows("test_predictions.csv", run.test, expected)
+
+
+def check_submission(run: Claims) -> str | None:
+    """submission.csv is the mean over folds, in the order of the sample."""
+    if run.data.test is None:
+        return None
+    found = read_csv(run.run_dir / "submission.csv", [TARGET])
+    expected = mean_over_folds(run.test, run.data)
+    demand(found[ID].tolist() == expected[ID].tolist(), "submission.csv has other rows or order")
+    for name, mine, theirs in zip(found[ID], found[TARGET], expected[TARGET], strict=True):
+        demand(same(mine, theirs), f"submission.csv: {name} is {mine}, its folds' mean is {theirs}")
+    return f"{len(found)} rows, the mean over folds, in the sample's order"
+
+
+def check_metrics(run: Claims) -> str:
+    """Every score of metrics.json is what oof.csv gives."""
+    expected, count = score_folds(run.oof, run.data, run.folds), 0
+    parts = {part: (expected[part], run.metrics[part]) for part in ("pooled", "ranked")}
+    for fold, found in zip(expected["folds"], run.metrics["folds"], strict=True):
+        parts[f"fold {fold['fold']}"] = fold, found
+    for part, (scores, found) in parts.items():
+        for key, value in scores.items():
+            problem = f"metrics.json: {part} {key} is {found[key]}, oof.csv gives {value}"
+            demand(same(found[key], value), problem)
+            count += 1
+    return f"{count} scores as oof.csv gives them"
+
+
+def check_log(run: Claims) -> str:
+    """The epochs of metrics.json are those of log.csv."""
+    log, count = read_csv(run.run_dir / "log.csv", ("epoch", "valid_auc"), "fold"), 0
+    for fold in run.metrics["folds"]:
+        rows = log[log["fold"] == str(fold["fold"])].reset_index(drop=True)
+        problem = f"log.csv: fold {fold['fold']} does not have epochs 1 to {fold['epochs']}"
+        demand(rows["epoch"].tolist() == list(range(1, fold["epochs"] + 1)), problem)
+        auc = rows["valid_auc"]
+        found = {"best_epoch": int(auc.argmax()) + 1, "best_valid_auc": auc.max(),
+                 "last_valid_auc": auc.iloc[-1]}  # fmt: skip
+        for key, value in found.items():
+            problem = f"metrics.json: fold {fold['fold']} {key} is {fold[key]}, log.csv has {value}"
+            demand(same(fold[key], value), problem)
+        count += len(rows)
+    return f"{count} epochs, best and last as in metrics.json"
+
+
+def check_checkpoints(run: Claims) -> str:
+    """Checkpoints are those that were scored, of their fold and the run's architecture."""
+    for fold in run.metrics["folds"]:
+        path = run.run_dir / f"fold{fold['fold']}_best.pt"
+        content = run.checkpoint(fold["fold"])
+        demand(content["spec"] | {"meta_dim": 0} == run.config["spec"], f"{path} has another spec")
+        demand(content["epoch"] == fold["best_epoch"], f"{path} is of epoch {content['epoch']}")
+        demand(sha256(path) == fold["checkpoint"], f"{path} is not the network that was scored")
+    return f"{len(run.folds)} networks, of their folds and best epochs, as hashed"
+
+
+def check_encoders(run: Claims) -> str:
+    """The metadata encoder of a fold knows what its training rows say, and nothing else."""
+    table, count = run.data.train, 0
+    if run.crop_dir is not None:
+        table = with_box_side(table, run.crop_dir, "train")
+    for k in run.folds:
+        rows = table[table[FOLD] != k]
+        rows = rows.groupby(TARGET).head(run.limit) if run.limit else rows
+        for name, column in run.checkpoint(k)["encoder"].items():
+            values = rows[name].dropna()
+            if "values" in column:
+                expected = {"values": sorted(values.astype(str).unique())}
+            else:
+                expected = {"mean": values.mean(), "std": values.std(ddof=0) or 1.0}
+            good = all(same(column.get(key), value) for key, value in expected.items())
+            demand(good, f"the encoder of fold {k} was not fitted to its training rows alone: "
+                   f"{name} is {column}, they give {expected}")  # fmt: skip
+            count += 1
+    return f"{count} columns fitted to the training rows of their fold alone"
+
+
+def check_crops(run: Claims) -> str | None:
+    """No held-out image was cropped by a network that saw it."""
+    if run.crop_dir is None:
+        return None
+    crop = read_json(run.crop_dir / "crop.json", ("folds", "folds_sha256", "checkpoints"))
+    demand(crop == run.config["crop"], f"{run.crop_dir} was cropped again since")
+    demand(crop["folds_sha256"] == folds_sha256(run.data.train), f"{run.crop_dir}: other folds")
+    boxes, fold = read_table(run.crop_dir / "train_boxes.csv", ["oof"]), run.data.train[FOLD]
+    unseen = fold.isin(crop["folds"]) if crop["checkpoints"] else fold >= 0
+    for name, said, is_so in zip(boxes[ID], boxes["oof"], unseen, strict=True):
+        demand(said == is_so, f"{run.crop_dir}: oof of {name} is {said}, by crop.json {int(is_so)}")
+    demand(unseen[fold.isin(run.folds)].all(), "held-out images were cropped by networks that saw "
+           "them")  # fmt: skip
+    for key, value in crop["checkpoints"].items():
+        path = Path(crop["run"]) / f"{key}_best.pt"
+        read_checkpoint(path, int(key.removeprefix("fold")))
+        demand(sha256(path) == value, f"{path} is not the network that found the boxes")
+    networks = len(crop["checkpoints"])
+    return f"{len(boxes)} boxes, each by what did not see its image ({networks} networks as hashed)"
+
+
+def check_blend(run: Claims) -> str:
+    """ensemble.py makes the same blend of the members again, weights learned anew."""
+    args, members = run.config["args"], [member["run"] for member in run.config["members"]]
+    weights = ["--weights", *args["weights"]] if args["weights"] else []
+    with tempfile.TemporaryDirectory() as folder:
+        words = [args["mode"], "--runs", *members, "--runs_dir", folder, "--name", args["name"],
+                 "--data_dir", run.data.directory, *weights]  # fmt: skip
+        command = [sys.executable, Path(__file__).with_name("ensemble.py"), *words]
+        made = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        demand(made.returncode == 0, made.stderr.strip())
+        again = read_claims(Path(folder) / args["name"], run.data.directory)
+    weights = [[m["weight"] for m in c["members"]] for c in (run.config, again.config)]
+    demand(same(*weights), f"the weights are {weights[0]}, learned again {weights[1]}")
+    demand(same(run.config["zoom"], again.config["zoom"]), "zoom was learned otherwise")
+    for name, found, expected in (("oof.csv", run.oof, again.oof),
+                                  ("test_predictions.csv", run.test, again.test)):  # fmt: skip
+        if expected is not None:
+            keys = [ID, FOLD]
+            both = expected.merge(found, on=keys, how="left", validate="one_to_one")
+            for row in both[~np.isclose(both["prob_x"], both["prob_y"], 1e-9)].to_dict("records"):
+                raise InputError(f"{name}: prob of {row[ID]} in fold {row[FOLD]} is "
+                                 f"{row['prob_y']}, its members give {row['prob_x']}")  # fmt: skip
+    for key, value in (again.metrics["learned"] or {}).items():
+        problem = f"metrics.json: learned {key} is not {value}"
+        demand(same(run.metrics["learned"][key], value), problem)
+    return f"{len(again.oof)} rows of {len(members)} members blended again, weights cross-fitted"
+
+
+ALWAYS = (check_folds, check_files, check_oof, check_test, check_submission, check_metrics)
+OF_MODELS = (check_log, check_checkpoints, check_encoders, check_crops)
+
+
+def read_claims(run_dir: Path, data_dir: Path | None) -> Claims:
+    """Read what a finished run left behind."""
+    config = read_config(run_dir)
+    oof = read_predictions(run_dir, "oof.csv", [ID, FOLD, TARGET, PROB])
+    test = None
+    if (run_dir / "test_predictions.csv").exists():
+        test = read_predictions(run_dir, "test_predictions.csv", [ID, FOLD, PROB])
+    data = read_data(data_dir or Path(config["args"]["data_dir"]))
+    return Claims(run_dir, data, config, read_metrics(run_dir), oof, test)
+
+
+def audit(args: argparse.Namespace) -> None:
+    """Derive everything that runs and blends claim from their files again, one line a check.
+
+    The members of a blend are audited too. Raises InputError where anything does not agree.
+    """
+    wrong, count, runs = [], 0, list(args.runs)
+
+    def attempt(run_dir: Path, name: str, check: Callable, *words):
+        nonlocal count
+        try:
+            result = check(*words)
+        except Exception as error:  # a file may be broken in any way
+            text = str(error) if isinstance(error, InputError) else repr(error)
+            wrong.append(f"{run_dir.name}: {name}: {' '.join(text.split())}")
+            print(f"WRONG  {wrong[-1]}")
+            return None
+        if isinstance(result, str):
+            count += 1
+            print(f"ok     {run_dir.name}: {name}: {result}")
+        return result
+
+    for run_dir in runs:
+        claims = attempt(run_dir, "files to read", read_claims, run_dir, args.data_dir)
+        if claims is None:
+            continue
+        checks = (*ALWAYS, *((check_blend,) if "members" in claims.config else OF_MODELS))
+        for check in checks:
+            attempt(run_dir, check.__name__.removeprefix("check_"), check, claims)
+        for member in map(Path, [m["run"] for m in claims.config.get("members", ())]):
+            if not any(member.resolve() == other.resolve() for other in runs):
+                runs.append(member)
+    if wrong:
+        raise InputError(f"{len(wrong)} checks failed; {wrong[0]}")
+    print(f"{count} checks of {len(runs)} runs: all that they claim follows from their files")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Command line of this module."""
+    parser = new_parser(audit.__doc__)
+    parser.add_argument("command", choices=("audit",), help="what to do")
+    parser.add_argument("runs", nargs="+", type=Path, help="directories of runs or blends")
+    parser.add_argument("--data_dir", type=Path, help="from preprocess.py [as the runs say]")
+    return parser
+
+
+if __name__ == "__main__":
+    run_script(audit, get_args_parser())
