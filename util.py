@@ -375,10 +375,11 @@ def check_groups(data: Data) -> int:
     folds = data.train[FOLD].groupby(data.group.to_numpy()).unique()
     for name, found in folds.items():
         if len(found) > 1:
+            group = f"{data.facts['group_col']} {name.partition(':')[2]}"
             raise InputError(
-                f"{data.directory / 'train.csv'}: {data.facts['group_col']} {name.partition(':')[2]} "
-                f"lies in folds {found[0]} and {found[1]}, so that networks would be scored on what "
-                "they were trained on; run preprocess.py again"
+                f"{data.directory / 'train.csv'}: {group} lies in folds {found[0]} and {found[1]}, "
+                "so that networks would be scored on what they were trained on; run preprocess.py "
+                "again"
             )
     return len(folds)
 
@@ -807,10 +808,12 @@ def write_run(
     metrics = score_folds(oof, data, [fold["fold"] for fold in folds]) | extra
     scores = metrics["folds"]
     metrics["folds"] = [facts | new for facts, new in zip(folds, scores, strict=True)]
-    write_table(run_dir / "oof.csv", oof)
+    tables = {"oof.csv": oof}
     if test is not None:
-        write_table(run_dir / "test_predictions.csv", test)
-        write_table(run_dir / "submission.csv", mean_over_folds(test, data))
+        tables |= {"test_predictions.csv": test, "submission.csv": mean_over_folds(test, data)}
+    for name, table in tables.items():
+        write_table(run_dir / name, table)
+    metrics["sha256"] = {name: sha256(run_dir / name) for name in tables}
     plot_roc(run_dir / "roc.png", oof)
     write_json(run_dir / "metrics.json", metrics)
     return metrics
@@ -864,36 +867,35 @@ def plot_roc(path: Path, oof: pd.DataFrame) -> None:
 # ---------------------------------------------------------------- audit
 @dataclass
 class Claims:
-    """What a run says of itself, and the data it says it of."""
+    """What a run or blend left behind, and the data it was made on."""
 
     run_dir: Path
-    data: Data
     config: dict
+    data: Data
     metrics: dict
     oof: pd.DataFrame
     test: pd.DataFrame | None
+    crop_dir: Path | None
+    limit: int | None  # of a dry run; a blend has that of its members
 
     @property
     def folds(self) -> list[int]:
         """The finished folds."""
         return [fold["fold"] for fold in self.metrics["folds"]]
 
-    @property
-    def limit(self) -> int | None:
-        """The --limit of a dry run; a blend has that of its members."""
-        config = self.config
-        while "members" in config:
-            config = read_config(Path(config["members"][0]["run"]))
-        return config["args"]["limit"]
 
-    @property
-    def crop_dir(self) -> Path | None:
-        """Where its crops lie, if it looks at crops."""
-        return Path(self.config["args"]["crop_dir"]) if self.config.get("crop") else None
-
-    def checkpoint(self, k: int) -> dict:
-        """The best checkpoint of a fold; raises InputError where it is that of another fold."""
-        return read_checkpoint(self.run_dir / f"fold{k}_best.pt", k)
+def read_claims(run_dir: Path, data_dir: Path | None) -> Claims:
+    """Read a finished run; its data from data_dir, or from where the run says."""
+    config = origin = read_config(run_dir)
+    while "members" in origin:
+        origin = read_config(Path(origin["members"][0]["run"]))
+    data = read_data(data_dir or Path(config["args"]["data_dir"]))
+    oof, test = read_predictions(run_dir, "oof.csv", [ID, FOLD, TARGET, PROB]), None
+    if data.test is not None:
+        test = read_predictions(run_dir, "test_predictions.csv", [ID, FOLD, PROB])
+    crop_dir = Path(config["args"]["crop_dir"]) if config.get("crop") else None
+    limit = origin["args"]["limit"]
+    return Claims(run_dir, config, data, read_metrics(run_dir), oof, test, crop_dir, limit)
 
 
 def demand(good: bool, problem: str) -> None:
@@ -903,216 +905,169 @@ def demand(good: bool, problem: str) -> None:
 
 
 def same(one, other) -> bool:
-    """Equality of numbers and tables of numbers but for the last digits; other values exactly."""
+    """Whether numbers are equal but for the last digits, or other values exactly."""
     try:
         return np.allclose(np.array(one, float), np.array(other, float), 1e-9, 1e-9, True)
     except (TypeError, ValueError):
         return one == other
 
 
-def read_checkpoint(path: Path, k: int) -> dict:
-    """A checkpoint of fold k; raises InputError where it is another fold's."""
-    import torch
-
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    demand(content["fold"] == k, f"{path} is the network of fold {content['fold']}")
-    return content
+def demand_same(where: str, found: dict, expected: dict) -> int:
+    """Raise InputError where an expected value is not the one found; returns their number."""
+    for key, value in expected.items():
+        demand(same(found[key], value), f"{where}: {key} is {found[key]}, it should be {value}")
+    return len(expected)
 
 
-def check_rows(name: str, found: pd.DataFrame, expected: pd.DataFrame) -> str:
-    """Every expected row is there once, and no other, with a probability."""
-    keys = list(expected)
-    both = expected.merge(found[keys], how="outer", indicator="side")
-    for row in both[both["side"] != "both"].to_dict("records")[:1]:
-        what = "lacks" if row["side"] == "left_only" else "should not have"
-        words = ", ".join(f"{key} {row[key]}" for key in keys)
-        raise InputError(f"{name} {what} {words}, by the data's tables")
-    for row in found[found.duplicated(ID if FOLD not in keys else [ID, FOLD])].to_dict("records"):
-        raise InputError(f"{name} has {row[ID]} more than once")
-    for row in found[~found[PROB].between(0, 1)].to_dict("records"):
-        raise InputError(f"{name}: prob of {row[ID]} is {row[PROB]}")
+def demand_rows(where: str, found: pd.DataFrame, expected: pd.DataFrame) -> str:
+    """Raise InputError unless the expected rows are there, each once, with a probability."""
+    both = expected.merge(found[list(expected)], how="outer", indicator="side")
+    for row in both[both["side"] != "both"].to_dict("records"):
+        what = "lacks" if row.pop("side") == "left_only" else "should not have"
+        raise InputError(f"{where} {what} " + ", ".join(f"{key} {row[key]}" for key in row))
+    for name in found[ID][found.duplicated([ID, FOLD])]:
+        raise InputError(f"{where} has {name} more than once")
+    for name, prob in found[~found[PROB].between(0, 1)][[ID, PROB]].itertuples(index=False):
+        raise InputError(f"{where}: prob of {name} is {prob}")
     return f"{len(found)} rows, each once, prob in 0 to 1"
 
 
-def check_folds(run: Claims) -> str:
-    """The run was made on these folds, and they keep groups whole."""
-    recorded = run.config["data"]["folds_sha256"]
-    demand(recorded == folds_sha256(run.data.train), f"{run.data.directory} has other folds")
-    return f"{len(run.data.train)} rows as hashed, {check_groups(run.data)} groups in one fold each"
-
-
-def check_files(run: Claims) -> str:
-    """Tables and arrays of the data and the crops are those the run was made on."""
-    sources, known = [(run.data.directory, run.data.facts["sha256"])], {}
-    names = [Path(run.config["args"]["data_dir"]).name]
+def check_data(run: Claims) -> str:
+    """Folds, tables and arrays are those of the run, and no group is in two folds."""
+    demand_same("folds of the data, sha256", run.config["data"],
+                {"folds_sha256": folds_sha256(run.data.train)})  # fmt: skip
+    sources, hashes = [("data_dir", run.data.directory, run.data.facts)], {}
     if run.crop_dir is not None:
-        sources.append((run.crop_dir, run.config["crop"]["sha256"]))
-        names.append(run.crop_dir.name)
-    for name, (folder, hashes) in zip(names, sources, strict=True):
-        for file, value in hashes.items():
-            demand(sha256(folder / file) == value, f"{folder / file} was changed")
-            known[f"{name}/{file}"] = value
-    for name, value in run.config["data"].get("arrays", {}).items():
-        demand(known.get(name) == value, f"{name} is not the array it was trained on")
-    return f"{len(known)} files as hashed"
+        sources.append(("crop_dir", run.crop_dir, run.config["crop"]))
+    for key, folder, facts in sources:
+        found = {name: sha256(folder / name) for name in facts["sha256"]}
+        demand_same(f"sha256 in {folder}", found, facts["sha256"])
+        hashes |= {f"{Path(run.config['args'][key]).name}/{name}": found[name] for name in found}
+    demand_same("sha256 of arrays", hashes, run.config["data"].get("arrays", {}))
+    groups = check_groups(run.data)
+    return f"{len(hashes)} files as hashed; {len(run.data.train)} rows, {groups} groups whole"
 
 
 def check_oof(run: Claims) -> str:
-    """oof.csv has every held-out row of the finished folds."""
-    train = run.data.train
-    held_out = train[train[FOLD].isin(run.folds)]
+    """oof.csv has every held-out row of the finished folds, as the data has it."""
+    held_out = run.data.train[run.data.train[FOLD].isin(run.folds)]
     if run.limit:
         held_out = held_out.groupby([FOLD, TARGET]).head(run.limit)
-    return check_rows("oof.csv", run.oof, held_out[[ID, FOLD, TARGET]])
+    return demand_rows("oof.csv", run.oof, held_out[[ID, FOLD, TARGET]])
 
 
-def check_test(run: Claims) -> str | None:
-    """test_predictions.csv has every test image in every finished fold."""
-    if run.data.test is None:
-        return None
-    demand(run.test is not None, "test_predictions.csv is missing")
-    ids = run.data.test[[ID]][: run.limit]
-    expected = ids.merge(pd.DataFrame({FOLD: run.folds}), how="cross")
-    return check_rows("test_predictions.csv", run.test, expected)
-
-
-def check_submission(run: Claims) -> str | None:
-    """submission.csv is the mean over folds, in the order of the sample."""
-    if run.data.test is None:
-        return None
+def check_test(run: Claims) -> str:
+    """test_predictions.csv has every test image in every fold; submission.csv is their mean."""
+    if run.test is None:
+        return "no test images"
+    folds = pd.DataFrame({FOLD: run.folds})
+    expected = run.data.test[[ID]][: run.limit].merge(folds, how="cross")
+    rows = demand_rows("test_predictions.csv", run.test, expected)
     found = read_csv(run.run_dir / "submission.csv", [TARGET])
-    expected = mean_over_folds(run.test, run.data)
-    demand(found[ID].tolist() == expected[ID].tolist(), "submission.csv has other rows or order")
-    for name, mine, theirs in zip(found[ID], found[TARGET], expected[TARGET], strict=True):
-        demand(same(mine, theirs), f"submission.csv: {name} is {mine}, its folds' mean is {theirs}")
-    return f"{len(found)} rows, the mean over folds, in the sample's order"
+    mean = mean_over_folds(run.test, run.data)
+    demand(found[ID].tolist() == mean[ID].tolist(), "submission.csv has other rows or order")
+    demand_same("submission.csv", *(t.set_index(ID)[TARGET].to_dict() for t in (found, mean)))
+    return f"{rows}; {len(found)} rows of submission.csv, the mean over folds in the sample's order"
 
 
 def check_metrics(run: Claims) -> str:
-    """Every score of metrics.json is what oof.csv gives."""
-    expected, count = score_folds(run.oof, run.data, run.folds), 0
-    parts = {part: (expected[part], run.metrics[part]) for part in ("pooled", "ranked")}
-    for fold, found in zip(expected["folds"], run.metrics["folds"], strict=True):
-        parts[f"fold {fold['fold']}"] = fold, found
-    for part, (scores, found) in parts.items():
-        for key, value in scores.items():
-            problem = f"metrics.json: {part} {key} is {found[key]}, oof.csv gives {value}"
-            demand(same(found[key], value), problem)
-            count += 1
-    return f"{count} scores as oof.csv gives them"
+    """Every score of metrics.json is what oof.csv gives; the tables are those it was written by."""
+    tested = [] if run.test is None else ["test_predictions.csv", "submission.csv"]
+    hashes = {name: sha256(run.run_dir / name) for name in ("oof.csv", *tested)}
+    demand_same("metrics.json: sha256", run.metrics["sha256"], hashes)
+    expected = score_folds(run.oof, run.data, run.folds)
+    count = sum(demand_same(f"metrics.json: fold {k}", *both) for k, *both in
+                zip(run.folds, run.metrics["folds"], expected["folds"], strict=True))  # fmt: skip
+    for part in ("pooled", "ranked"):
+        count += demand_same(f"metrics.json: {part}", run.metrics[part], expected[part])
+    return f"{count} scores as oof.csv gives them, {len(hashes)} tables as hashed"
 
 
 def check_log(run: Claims) -> str:
     """The epochs of metrics.json are those of log.csv."""
-    log, count = read_csv(run.run_dir / "log.csv", ("epoch", "valid_auc"), "fold"), 0
-    for fold in run.metrics["folds"]:
-        rows = log[log["fold"] == str(fold["fold"])].reset_index(drop=True)
-        problem = f"log.csv: fold {fold['fold']} does not have epochs 1 to {fold['epochs']}"
-        demand(rows["epoch"].tolist() == list(range(1, fold["epochs"] + 1)), problem)
-        auc = rows["valid_auc"]
-        found = {"best_epoch": int(auc.argmax()) + 1, "best_valid_auc": auc.max(),
-                 "last_valid_auc": auc.iloc[-1]}  # fmt: skip
-        for key, value in found.items():
-            problem = f"metrics.json: fold {fold['fold']} {key} is {fold[key]}, log.csv has {value}"
-            demand(same(fold[key], value), problem)
-        count += len(rows)
-    return f"{count} epochs, best and last as in metrics.json"
+    log = read_csv(run.run_dir / "log.csv", ("epoch", "valid_auc"), FOLD)
+    for k, fold in zip(run.folds, run.metrics["folds"], strict=True):
+        rows = log[log[FOLD] == str(k)]
+        auc, epochs = rows["valid_auc"].to_numpy(), rows["epoch"].tolist()
+        demand(epochs == [*range(1, fold["epochs"] + 1)], f"log.csv: fold {k} has epochs {epochs}")
+        seen = {"best_epoch": auc.argmax() + 1, "best_valid_auc": auc.max()}
+        demand_same(f"fold {k} by log.csv", fold, seen | {"last_valid_auc": auc[-1]})
+    return f"{len(log)} epochs, best and last as in metrics.json"
 
 
-def check_checkpoints(run: Claims) -> str:
-    """Checkpoints are those that were scored, of their fold and the run's architecture."""
-    for fold in run.metrics["folds"]:
-        path = run.run_dir / f"fold{fold['fold']}_best.pt"
-        content = run.checkpoint(fold["fold"])
-        demand(content["spec"] | {"meta_dim": 0} == run.config["spec"], f"{path} has another spec")
-        demand(content["epoch"] == fold["best_epoch"], f"{path} is of epoch {content['epoch']}")
-        demand(sha256(path) == fold["checkpoint"], f"{path} is not the network that was scored")
-    return f"{len(run.folds)} networks, of their folds and best epochs, as hashed"
+def read_network(path: Path, fold: int, hashed: str) -> dict:
+    """A checkpoint; raises InputError where it is another fold's or has another hash."""
+    import torch
+
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    demand(content["fold"] == fold, f"{path} is the network of fold {content['fold']}")
+    demand(sha256(path) == hashed, f"{path} is not the network that was scored")
+    return content
 
 
-def check_encoders(run: Claims) -> str:
-    """The metadata encoder of a fold knows what its training rows say, and nothing else."""
-    table, count = run.data.train, 0
+def check_networks(run: Claims) -> str:
+    """Checkpoints are those that were scored; their encoders know the training rows alone."""
+    table, columns = run.data.train, 0
     if run.crop_dir is not None:
         table = with_box_side(table, run.crop_dir, "train")
-    for k in run.folds:
+    for k, fold in zip(run.folds, run.metrics["folds"], strict=True):
+        content = read_network(run.run_dir / f"fold{k}_best.pt", k, fold["checkpoint"])
+        found = {"spec": content["spec"] | {"meta_dim": 0}, "epoch": content["epoch"]}
+        expected = {"spec": run.config["spec"], "epoch": fold["best_epoch"]}
+        demand_same(f"fold{k}_best.pt", found, expected)
         rows = table[table[FOLD] != k]
         rows = rows.groupby(TARGET).head(run.limit) if run.limit else rows
-        for name, column in run.checkpoint(k)["encoder"].items():
+        for name, column in content["encoder"].items():
             values = rows[name].dropna()
             if "values" in column:
-                expected = {"values": sorted(values.astype(str).unique())}
+                fitted = {"values": sorted(values.astype(str).unique())}
             else:
-                expected = {"mean": values.mean(), "std": values.std(ddof=0) or 1.0}
-            good = all(same(column.get(key), value) for key, value in expected.items())
-            demand(good, f"the encoder of fold {k} was not fitted to its training rows alone: "
-                   f"{name} is {column}, they give {expected}")  # fmt: skip
-            count += 1
-    return f"{count} columns fitted to the training rows of their fold alone"
+                fitted = {"mean": values.mean(), "std": values.std(ddof=0) or 1.0}
+            demand_same(f"encoder of fold {k}, fitted to its training rows, {name}", column, fitted)
+            columns += 1
+    return f"{len(run.folds)} as scored; {columns} metadata columns fitted to training rows alone"
 
 
-def check_crops(run: Claims) -> str | None:
+def check_crops(run: Claims) -> str:
     """No held-out image was cropped by a network that saw it."""
     if run.crop_dir is None:
-        return None
-    crop = read_json(run.crop_dir / "crop.json", ("folds", "folds_sha256", "checkpoints"))
+        return "none used"
+    crop, fold = read_json(run.crop_dir / "crop.json"), run.data.train[FOLD]
     demand(crop == run.config["crop"], f"{run.crop_dir} was cropped again since")
-    demand(crop["folds_sha256"] == folds_sha256(run.data.train), f"{run.crop_dir}: other folds")
-    boxes, fold = read_table(run.crop_dir / "train_boxes.csv", ["oof"]), run.data.train[FOLD]
+    demand_same("crop.json", crop, {"folds_sha256": folds_sha256(run.data.train)})
+    boxes = read_table(run.crop_dir / "train_boxes.csv", ["oof"])
     unseen = fold.isin(crop["folds"]) if crop["checkpoints"] else fold >= 0
-    for name, said, is_so in zip(boxes[ID], boxes["oof"], unseen, strict=True):
-        demand(said == is_so, f"{run.crop_dir}: oof of {name} is {said}, by crop.json {int(is_so)}")
-    demand(unseen[fold.isin(run.folds)].all(), "held-out images were cropped by networks that saw "
-           "them")  # fmt: skip
+    said, is_so = (dict(zip(boxes[ID], oof, strict=True)) for oof in (boxes["oof"], unseen))
+    demand_same("oof in train_boxes.csv", said, is_so)
+    demand(unseen[fold.isin(run.folds)].all(), "networks cropped held-out images they had seen")
     for key, value in crop["checkpoints"].items():
-        path = Path(crop["run"]) / f"{key}_best.pt"
-        read_checkpoint(path, int(key.removeprefix("fold")))
-        demand(sha256(path) == value, f"{path} is not the network that found the boxes")
-    networks = len(crop["checkpoints"])
-    return f"{len(boxes)} boxes, each by what did not see its image ({networks} networks as hashed)"
+        read_network(Path(crop["run"]) / f"{key}_best.pt", int(key.removeprefix("fold")), value)
+    return f"{len(boxes)} boxes, by {len(crop['checkpoints'])} networks as hashed, oof as recorded"
 
 
 def check_blend(run: Claims) -> str:
-    """ensemble.py makes the same blend of the members again, weights learned anew."""
+    """ensemble.py makes the same blend of the members again, with weights learned anew."""
     args, members = run.config["args"], [member["run"] for member in run.config["members"]]
-    weights = ["--weights", *args["weights"]] if args["weights"] else []
     with tempfile.TemporaryDirectory() as folder:
-        words = [args["mode"], "--runs", *members, "--runs_dir", folder, "--name", args["name"],
-                 "--data_dir", run.data.directory, *weights]  # fmt: skip
-        command = [sys.executable, Path(__file__).with_name("ensemble.py"), *words]
-        made = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        demand(made.returncode == 0, made.stderr.strip())
+        words = [Path(__file__).with_name("ensemble.py"), args["mode"], "--runs", *members,
+                 "--runs_dir", folder, "--name", args["name"], "--data_dir", run.data.directory,
+                 *(["--weights", *args["weights"]] if args["weights"] else [])]  # fmt: skip
+        made = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+        demand(made.returncode == 0, made.stderr)
         again = read_claims(Path(folder) / args["name"], run.data.directory)
-    weights = [[m["weight"] for m in c["members"]] for c in (run.config, again.config)]
-    demand(same(*weights), f"the weights are {weights[0]}, learned again {weights[1]}")
-    demand(same(run.config["zoom"], again.config["zoom"]), "zoom was learned otherwise")
-    for name, found, expected in (("oof.csv", run.oof, again.oof),
-                                  ("test_predictions.csv", run.test, again.test)):  # fmt: skip
-        if expected is not None:
-            keys = [ID, FOLD]
-            both = expected.merge(found, on=keys, how="left", validate="one_to_one")
-            for row in both[~np.isclose(both["prob_x"], both["prob_y"], 1e-9)].to_dict("records"):
-                raise InputError(f"{name}: prob of {row[ID]} in fold {row[FOLD]} is "
-                                 f"{row['prob_y']}, its members give {row['prob_x']}")  # fmt: skip
-    for key, value in (again.metrics["learned"] or {}).items():
-        problem = f"metrics.json: learned {key} is not {value}"
-        demand(same(run.metrics["learned"][key], value), problem)
-    return f"{len(again.oof)} rows of {len(members)} members blended again, weights cross-fitted"
+    for key in ("members", "zoom"):
+        demand_same("config.json", run.config, {key: again.config[key]})
+    demand_same("metrics.json", run.metrics, {"learned": again.metrics["learned"]})
+    for name in ("oof", "test") if run.test is not None else ("oof",):
+        tables = getattr(run, name), getattr(again, name)
+        probs = (table.set_index([ID, FOLD])[PROB].to_dict() for table in tables)
+        demand_same(f"prob of {name}", *probs)
+    how = "cross-fitted" if run.metrics["learned"] else "given"
+    return f"{len(run.oof)} rows of {len(members)} members blended again, weights {how}"
 
 
-ALWAYS = (check_folds, check_files, check_oof, check_test, check_submission, check_metrics)
-OF_MODELS = (check_log, check_checkpoints, check_encoders, check_crops)
-
-
-def read_claims(run_dir: Path, data_dir: Path | None) -> Claims:
-    """Read what a finished run left behind."""
-    config = read_config(run_dir)
-    oof = read_predictions(run_dir, "oof.csv", [ID, FOLD, TARGET, PROB])
-    test = None
-    if (run_dir / "test_predictions.csv").exists():
-        test = read_predictions(run_dir, "test_predictions.csv", [ID, FOLD, PROB])
-    data = read_data(data_dir or Path(config["args"]["data_dir"]))
-    return Claims(run_dir, data, config, read_metrics(run_dir), oof, test)
+CHECKS = (check_data, check_oof, check_test, check_metrics)
+MODEL_CHECKS, BLEND_CHECKS = (check_log, check_networks, check_crops), (check_blend,)
 
 
 def audit(args: argparse.Namespace) -> None:
@@ -1122,33 +1077,30 @@ def audit(args: argparse.Namespace) -> None:
     """
     wrong, count, runs = [], 0, list(args.runs)
 
-    def attempt(run_dir: Path, name: str, check: Callable, *words):
-        nonlocal count
+    def attempt(name: str, check: Callable, *words):
         try:
-            result = check(*words)
+            return check(*words)
         except Exception as error:  # a file may be broken in any way
             text = str(error) if isinstance(error, InputError) else repr(error)
-            wrong.append(f"{run_dir.name}: {name}: {' '.join(text.split())}")
+            if isinstance(error, KeyError):
+                text = f"{error} is nowhere recorded: another version wrote the run"
+            wrong.append(f"{name}: {' '.join(text.split())}")
             print(f"WRONG  {wrong[-1]}")
-            return None
-        if isinstance(result, str):
-            count += 1
-            print(f"ok     {run_dir.name}: {name}: {result}")
-        return result
 
-    for run_dir in runs:
-        claims = attempt(run_dir, "files to read", read_claims, run_dir, args.data_dir)
-        if claims is None:
+    for run_dir in runs:  # grows by the members of blends
+        run = attempt(f"{run_dir.name}: files", read_claims, run_dir, args.data_dir)
+        if run is None:
             continue
-        checks = (*ALWAYS, *((check_blend,) if "members" in claims.config else OF_MODELS))
-        for check in checks:
-            attempt(run_dir, check.__name__.removeprefix("check_"), check, claims)
-        for member in map(Path, [m["run"] for m in claims.config.get("members", ())]):
-            if not any(member.resolve() == other.resolve() for other in runs):
-                runs.append(member)
-    if wrong:
-        raise InputError(f"{len(wrong)} checks failed; {wrong[0]}")
-    print(f"{count} checks of {len(runs)} runs: all that they claim follows from their files")
+        members = [Path(member["run"]) for member in run.config.get("members", ())]
+        for check in (*CHECKS, *(BLEND_CHECKS if members else MODEL_CHECKS)):
+            name, count = f"{run_dir.name}: {check.__name__.removeprefix('check_')}", count + 1
+            result = attempt(name, check, run)
+            if result is not None:
+                print(f"ok     {name}: {result}")
+        known = {path.resolve() for path in runs}
+        runs += [member for member in members if member.resolve() not in known]
+    demand(not wrong, f"{len(wrong)} checks failed; {' '.join(wrong[:1])}")
+    print(f"{count} checks of {len(runs)} runs: what they claim follows from their files")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
