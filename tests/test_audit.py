@@ -73,7 +73,7 @@ def flip_first(column, value):
 @pytest.mark.parametrize(
     ("name", "edit", "words"),
     [
-        ("oof.csv", flip_first("prob", 0.999), "metrics.json: sha256: oof.csv is"),  # ranks may stay
+        ("oof.csv", flip_first("prob", 0.999), "metrics.json: sha256: oof.csv is"),
         ("oof.csv", flip_first("prob", 1.5), "oof.csv: prob of 0000 is 1.5"),
         ("oof.csv", flip_first("prob", "high"), "files: .*prob of 0000 is not finite"),
         ("oof.csv", flip_first("target", 0), "oof: oof.csv .* image_name 0000, fold ., target"),
