@@ -4,12 +4,13 @@
     python benchmarks/kill_test.py --kills 10 --only preprocess crop
 
 Makes its own inputs, and each script's uninterrupted result. Kills: SIGKILL to all processes of a
-call at a moment drawn uniformly from the uninterrupted time, imports included; the same command
-(train.py with --resume) goes on, now and then killed again, until it finishes. Full disk: a limit
-on the size of files, and a small tmpfs where the system lets us mount one; the call must end with
-status 2 and one line, leave no torn file, and finish when called again with room. In both cases
-the whole directory is compared with the uninterrupted one, byte for byte but for times and command
-lines. Exit status 1 where anything differs.
+call, half of them at a moment drawn uniformly from the uninterrupted time, imports included, half
+just before a change to the directory (a file opened for writing, renamed, removed), drawn from all
+its changes; the same command (train.py with --resume) goes on, now and then killed again, until it
+finishes. Full disk: a limit on the size of files, and a small tmpfs where the system lets us mount
+one; the call must end with status 2 and one line, leave no torn file, and finish when called again
+with room. In both cases the whole directory is compared with the uninterrupted one, byte for byte
+but for times and command lines. Exit status 1 where anything differs.
 """
 
 import argparse
@@ -39,10 +40,25 @@ SEVERAL = 0.4  # chance that a resumed call is killed as well
 ROOM = (0.0, 0.3, 0.9)  # of what a script needs
 DIFFERS = {"argv", "commit", "resume", "overwrite", "seconds", "images_per_second"}
 # records of progress after every 4 images, so that there is something to go on with
-SHELL = (
-    "import runpy, sys; sys.path.insert(0, {root!r}); import util; util.CHUNK = 4; "
-    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-)
+SHELL = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+import util
+util.CHUNK, changes, home = 4, 0, os.getcwd()
+def count(event, args):
+    global changes
+    writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+    if writes or event in ("os.rename", "os.remove", "os.truncate", "os.mkdir", "os.rmdir"):
+        if isinstance(args[0], int) or os.path.abspath(os.fsdecode(args[0])).startswith(home):
+            changes += 1
+            if changes == {fatal}:
+                os.killpg(0, signal.SIGKILL)
+sys.addaudithook(count)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+if {fatal} < 0:
+    print(changes, file=sys.stderr)
+"""
 
 
 @dataclass
@@ -55,6 +71,7 @@ class Stage:
     before: Path | None = None
     after: Path | None = None
     seconds: float = 0.0
+    changes: int = 0  # to the directory
     found: dict = field(default_factory=lambda: {"kills": 0, "calls": 0, "faults": 0, "wrong": []})
 
     @property
@@ -104,16 +121,16 @@ def draw_inputs(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- calls
-def command(words: list[str]) -> list[str]:
-    """How a script is called here."""
-    code = SHELL.format(root=str(ROOT))
+def command(words: list[str], fatal: int = 0) -> list[str]:
+    """How a script is called here: killed before that change, counted from 1; -1 counts them."""
+    code = SHELL.format(root=str(ROOT), fatal=fatal)
     return [sys.executable, "-c", code, str(ROOT / words[0]), *words[1:]]
 
 
 def call(words: list[str], home: Path, moment: float | None = None, limit: int | None = None):
     """Run a command in a directory, with files of at most `limit` bytes: (exit status, stderr).
 
-    Killed at the moment (seconds) its status is None.
+    Killed at the moment (seconds) or by itself its status is None.
     """
 
     def restrict() -> None:
@@ -127,16 +144,16 @@ def call(words: list[str], home: Path, moment: float | None = None, limit: int |
     )  # fmt: skip
     try:
         stderr = process.communicate(timeout=moment)[1]
-        return process.returncode, stderr
+        return None if process.returncode == -signal.SIGKILL else process.returncode, stderr
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         return None, ""
 
 
-def run(words: list[str], home: Path, **options) -> tuple[int | None, str]:
+def run(words: list[str], home: Path, fatal: int = 0, **options) -> tuple[int | None, str]:
     """call() of a script."""
-    return call(command(words), home, **options)
+    return call(command(words, fatal), home, **options)
 
 
 # ---------------------------------------------------------------- comparison
@@ -226,10 +243,11 @@ def run_whole(stages: list[Stage], folder: Path) -> None:
     for number, stage in enumerate(tqdm(stages, desc="uninterrupted", unit="stage")):
         stage.before = stages[number - 1].after if number else fresh(folder / "start", home)
         begin = time.monotonic()
-        status, stderr = run(stage.words, home)
+        status, stderr = run(stage.words, home, fatal=-1)
         stage.seconds = time.monotonic() - begin
         if status != 0:
             raise util.InputError(f"{stage.name}: exit status {status}: {stderr[-500:]}")
+        stage.changes = int(stderr.split()[-1])
         stage.after = fresh(folder / f"after{number}", home)
         extra = [name for name in files_of(home) if name.endswith((".tmp", ".part"))]
         stage.found["wrong"] += [f"uninterrupted: {name} is left over" for name in extra]
@@ -240,20 +258,23 @@ def kill_trial(stage: Stage, home: Path, rng: np.random.Generator) -> int:
     fresh(home, stage.before)
     words, kills, moments = stage.words, 0, []
     while True:
-        again = kills == 0 or rng.random() < SEVERAL
-        moment = rng.uniform(0, stage.seconds) if again else None
-        status, stderr = run(words, home, moment=moment)
+        when = {}
+        if kills == 0 or rng.random() < SEVERAL:
+            when = {"moment": float(rng.uniform(0, stage.seconds))}
+            if rng.random() < 0.5:
+                when = {"fatal": int(rng.integers(1, stage.changes + 1))}
+        status, stderr = run(words, home, **when)
         if status is not None:
             break
         kills += 1
-        moments.append(f"{moment:.2f} s")
+        moments.append(str(when))
         words = stage.words + stage.resume
     stage.found["kills"] += kills
     stage.found["calls"] += kills  # every kill is followed by a call
     wrong = compare(home, stage.after)
     if status != 0 and not (kills and status == 2 and "already finished" in stderr):
         wrong += complaint(status, stderr) or [stderr.strip().splitlines()[-1]]
-    stage.found["wrong"] += [f"killed after {', '.join(moments)}: {line}" for line in wrong]
+    stage.found["wrong"] += [f"killed at {', '.join(moments)}: {line}" for line in wrong]
     return kills
 
 
@@ -313,12 +334,12 @@ def can_mount() -> bool:
 
 def report(stages: list[Stage]) -> None:
     """Print the table, and every difference."""
-    print("| script | seconds | kills | resumed calls | full disks | differences |")
-    print("|---|---|---|---|---|---|")
+    print("| script | seconds | changes | kills | resumed calls | full disks | differences |")
+    print("|---|---|---|---|---|---|---|")
     for stage in stages:
         found = stage.found
-        cells = (stage.name, f"{stage.seconds:.1f}", found["kills"], found["calls"],
-                 found["faults"], len(found["wrong"]))  # fmt: skip
+        cells = (stage.name, f"{stage.seconds:.1f}", stage.changes, found["kills"],
+                 found["calls"], found["faults"], len(found["wrong"]))  # fmt: skip
         print("| " + " | ".join(map(str, cells)) + " |")
     for stage in stages:
         for line in stage.found["wrong"]:
