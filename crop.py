@@ -100,7 +100,8 @@ def make_sources(data: util.Data, output_dir: Path, args, device: torch.device) 
         networks = load_networks(args.run, args.source, data, device)
     claim_output(output_dir, data, args, sorted(networks))
     if "saliency" in args.source:
-        saliencies = fit_saliencies(data, output_dir, args, device)
+        with util.locked(output_dir):  # other shards wait, and load them
+            saliencies = fit_saliencies(data, output_dir, args, device)
     return {
         k: localize.make_source(args.source, networks.get(k), saliencies.get(k), args.shifts)
         for k in (networks or saliencies)
@@ -341,6 +342,8 @@ def main(args: argparse.Namespace) -> Path:
         path = output_dir / "saliency.pt"
         os.replace(util.part_of(path), path)
     paths = [util.array_path(output_dir, name, size) for name, size in sizes.items()]
+    paths += [output_dir / f"{cropper.split}_boxes.csv" for cropper in croppers]
+    paths += [cropper.maps.path for cropper in croppers if cropper.maps is not None]
     facts = {
         key: getattr(args, key)
         for key in ("source", "run", "boxes", "rule", "num_devs", "views", "shifts", "amp")
