@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import shell
+from conftest import call, shell
 
 import util
 from dataset import MetaEncoder
@@ -43,8 +43,7 @@ def rehash(path, facts):
 
 
 def audit(*runs):
-    args = util.get_args_parser().parse_args(["audit", *map(str, runs)])
-    util.audit(args)
+    call("audit", *runs)
 
 
 def test_good_runs_and_blends_pass(runs_dir, data_dir, capsys):
@@ -74,8 +73,8 @@ def flip_first(column, value):
     ("name", "edit", "words"),
     [
         ("oof.csv", flip_first("prob", 0.999), "metrics.json: sha256: oof.csv is"),
-        ("oof.csv", flip_first("prob", 1.5), "oof.csv: prob of 0000 is .1.5.; it must be a number from 0 to 1"),
-        ("oof.csv", flip_first("prob", "high"), "files: .*prob of 0000 is .high.; it must be a number"),
+        ("oof.csv", flip_first("prob", 1.5), "prob of 0000 is .1.5.; it must be a number"),
+        ("oof.csv", flip_first("prob", "high"), "files: .*prob of 0000 is .high."),
         ("oof.csv", flip_first("target", 0), "oof: oof.csv .* image_name 0000, fold ., target"),
         ("oof.csv", swap_folds, "oof: oof.csv .* image_name 0000, fold ., target"),
         ("oof.csv", lambda t: t[1:], "oof: oof.csv lacks image_name 0000"),
@@ -207,7 +206,7 @@ def test_blend_that_was_not_cross_fitted_is_named(runs_dir, data_dir, tmp_path, 
 
 
 def test_command_ends_with_one_line_and_status_2(tmp_path):
-    result = shell("util", "audit", "nowhere", cwd=tmp_path)
+    result = shell("audit", "nowhere", cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr.startswith("util.py: error: 1 checks failed; nowhere: files: nowhere")
+    assert result.stderr.startswith("audit.py: error: 1 checks failed; nowhere: files: nowhere")
     assert result.stderr.count("\n") == 1

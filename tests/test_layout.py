@@ -20,8 +20,9 @@ ALLOWED = {
     "train": {"util", "dataset", "models", "fsg"},
     "crop": {"util", "dataset", "models", "localize"},
     "predict": {"util", "dataset", "models", "localize"},
+    "audit": {"util", "dataset", "models", "ensemble"},
 }
-SCRIPTS = ["preprocess", "train", "crop", "ensemble", "predict"]
+SCRIPTS = ["preprocess", "train", "crop", "ensemble", "predict", "audit"]
 
 
 def imports(name):
