@@ -189,11 +189,12 @@ class Cropper:
             if split == "train" and all(box.reason for box in self.boxes):
                 raise InputError(f"{args.boxes} has a box of none of the training images; write "
                                  "their names as in the table")  # fmt: skip
-        image_dir = args.image_dir or Path(data.facts["image_dir"])
-        self.index = util.index_images(image_dir)
+        image_dirs = args.image_dir or [Path(folder) for folder in data.facts["image_dirs"]]
+        self.index = util.index_images(*image_dirs)
         for name in self.table[ID]:
             if name not in self.index:
-                raise InputError(f"{image_dir} has no image named {name!r}; check --image_dir")
+                where = ", ".join(map(str, image_dirs))
+                raise InputError(f"{where} has no image named {name!r}; check --image_dir")
 
     def open_arrays(self, sources: list, device) -> util.Progress:
         """Create the arrays, or go on with those of a stopped run."""
@@ -372,7 +373,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default="imagenet", help="of it: imagenet, none or a file")
     parser.add_argument("--boxes", type=Path, help="csv of --source boxes")
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="from preprocess.py")
-    parser.add_argument("--image_dir", type=Path, help="originals [as preprocessed]")
+    parser.add_argument("--image_dir", type=Path, nargs="+",
+                        help="originals [as preprocessed]")  # fmt: skip
     parser.add_argument("--output_dir", type=Path, help="where to write NAME/ [crops/ in data_dir]")
     parser.add_argument("--rule", choices=sorted(localize.RULES), default="component",
                         help="how a box is found in a map")  # fmt: skip

@@ -14,6 +14,7 @@ a call without --shard then finishes.
 
 import argparse
 import hashlib
+import itertools
 import os
 from pathlib import Path
 
@@ -36,17 +37,17 @@ def read_labels(path: Path, args: argparse.Namespace, columns: dict[str, str]) -
     return table.rename(columns=columns)
 
 
-def locate(table: pd.DataFrame, index: dict[str, Path], image_dir: Path, skip: bool) -> list:
+def locate(table: pd.DataFrame, index: dict[str, Path], image_dirs: list, skip: bool) -> list:
     """Path of every row's image; a missing one is an error, or None where bad rows are skipped."""
-    paths = [index.get(name) for name in table[ID]]
+    paths, where = [index.get(name) for name in table[ID]], ", ".join(map(str, image_dirs))
     missing = table[ID][[path is None for path in paths]].tolist()
     if missing and not skip:
         raise InputError(
-            f"{image_dir} has no image named {missing[0]!r} ({len(missing)} of {len(table)} are "
+            f"{where} has no image named {missing[0]!r} ({len(missing)} of {len(table)} are "
             "missing); check --image_dir and --image_col, or pass --on_error skip"
         )
     for name in missing:
-        tqdm.write(f"skipped {name}: no such image in {image_dir}")
+        tqdm.write(f"skipped {name}: no such image in {where}")
     names: dict[Path, str] = {}
     for name, path in zip(table[ID], paths, strict=True):
         if path is not None and names.setdefault(path, name) != name:
@@ -148,6 +149,8 @@ def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
         "test": args.test_csv or folder / "test.csv",
         "sample_submission": (args.test_csv or args.train_csv).parent / "sample_submission.csv",
     }
+    if args.extra_csv is not None:
+        inputs["extra"] = args.extra_csv
     optional = {split for split in ("test", "sample_submission") if not inputs[split].exists()}
     if args.test_csv is None and "test" in optional:
         optional.add("sample_submission")
@@ -184,18 +187,35 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, pd.DataFrame], dict
         tables["sample_submission"] = sample
     if "test" in inputs:
         tables["test"] = tables["test"][: args.limit]
+    if "extra" in inputs:
+        tables["extra"] = read_extra(tables, args)
     return tables, inputs
 
 
+def read_extra(tables: dict[str, pd.DataFrame], args: argparse.Namespace) -> pd.DataFrame:
+    """The table of external images. Raises InputError where it shares an image or a group with
+    another table: networks would be scored on what they were trained on."""
+    extra = read_labels(args.extra_csv, args, {args.target_col: TARGET})[: args.limit]
+    util.check_target(extra, args.extra_csv, both=False)
+    columns = [ID] if group_column(tables["train"], args) is None else [ID, args.group_col]
+    for split, column in itertools.product(("train", "test"), columns):
+        if split in tables and column in extra and column in tables[split]:
+            shared = extra[column][extra[column].isin(tables[split][column].dropna())]
+            if len(shared):
+                raise InputError(f"{args.extra_csv} has {column} {shared.iloc[0]!r}, and so has "
+                                 f"the {split} table; remove these rows")  # fmt: skip
+    return extra
+
+
 def claim_output(
-    paths: dict[str, list], inputs: dict[str, Path], image_dir: Path, args: argparse.Namespace
+    paths: dict[str, list], inputs: dict[str, Path], image_dirs: list, args: argparse.Namespace
 ) -> Path:
     """Create the output directory, or go on with what a stopped run or other shards began.
 
     Raises InputError where input would be overwritten.
     """
     outputs = {(args.output_dir / f"{split}.csv").resolve() for split in inputs}
-    given = {path.resolve() for path in (image_dir, *inputs.values())}
+    given = {path.resolve() for path in (*image_dirs, *inputs.values())}
     own = {args.output_dir.resolve(), *outputs} & given
     if own:
         raise InputError(f"--output_dir {args.output_dir} would overwrite {min(own)}; pass another")
@@ -209,14 +229,17 @@ def claim_output(
 def main(args: argparse.Namespace) -> Path:
     """Write the arrays and tables; returns their directory."""
     tables, inputs = read_inputs(args)
-    image_dir = args.image_dir or args.train_csv.parent / "images"
-    index = util.index_images(image_dir)
+    external = tables.pop("extra", tables["train"][:0])
+    tables["train"] = pd.concat([tables["train"], external], ignore_index=True)
+    beside = [args.train_csv, *([] if args.extra_csv is None else [args.extra_csv])]
+    image_dirs = args.image_dir or list(dict.fromkeys(path.parent / "images" for path in beside))
+    index = util.index_images(*image_dirs)
     paths = {
-        split: locate(tables[split], index, image_dir, args.on_error == "skip")
+        split: locate(tables[split], index, image_dirs, args.on_error == "skip")
         for split in ("train", "test")
         if split in tables
     }
-    output_dir = claim_output(paths, inputs, image_dir, args)
+    output_dir = claim_output(paths, inputs, image_dirs, args)
     arrays = {split: util.array_path(output_dir, split, args.size) for split in paths}
     filled = {
         split: fill_array(tables[split], paths[split], arrays[split], args) for split in paths
@@ -229,10 +252,12 @@ def main(args: argparse.Namespace) -> Path:
     if "sample_submission" in tables:
         read = tables["sample_submission"][ID].isin(tables["test"][ID])
         tables["sample_submission"] = tables["sample_submission"][read]
-    target = util.check_target(tables["train"], args.train_csv)
     group_col = group_column(tables["train"], args)
-    group = util.groups_of(tables["train"], group_col)  # without the images left out
-    tables["train"][FOLD] = assign_folds(target, group, args.n_folds, args.seed)
+    own = ~tables["train"][ID].isin(external[ID])
+    rows = tables["train"][own]  # without the images left out
+    target, group = util.check_target(rows, args.train_csv), util.groups_of(rows, group_col)
+    tables["train"][FOLD] = util.EXTERNAL
+    tables["train"].loc[own, FOLD] = assign_folds(target, group, args.n_folds, args.seed)
     for split, table in tables.items():
         util.write_table(output_dir / f"{split}.csv", table)
     written = [*arrays.values(), *(output_dir / f"{split}.csv" for split in tables)]
@@ -241,7 +266,7 @@ def main(args: argparse.Namespace) -> Path:
         "n_folds": args.n_folds,
         "seed": args.seed,
         "group_col": group_col,
-        "image_dir": image_dir.resolve(),
+        "image_dirs": [path.resolve() for path in image_dirs],
         "exact": args.exact,
         "inputs": {str(path): util.sha256(path) for path in inputs.values()},
         "sha256": {path.name: util.sha256(path) for path in written},
@@ -249,7 +274,8 @@ def main(args: argparse.Namespace) -> Path:
     }
     util.finish_filling(output_dir, "preprocess.json", facts)
     for k, rows in tables["train"].groupby(FOLD):
-        print(f"fold {k}: {len(rows)} images, {rows[TARGET].sum()} positive")
+        name = "in no fold, external" if k == util.EXTERNAL else f"fold {k}"
+        print(f"{name}: {len(rows)} images, {rows[TARGET].sum()} positive")
     print(f"wrote {output_dir}")
     return output_dir
 
@@ -260,7 +286,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("input")
     data.add_argument("--train_csv", type=Path, default=EXAMPLE_CSV, help="table of labels")
     data.add_argument("--test_csv", type=Path, help="table to predict [test.csv beside train]")
-    data.add_argument("--image_dir", type=Path, help="originals [images/ beside --train_csv]")
+    data.add_argument("--extra_csv", type=Path, help="external images to train on in every fold, "
+                      "never scored; columns as in --train_csv")  # fmt: skip
+    data.add_argument("--image_dir", type=Path, nargs="+",
+                      help="originals [images/ beside the tables]")  # fmt: skip
     data.add_argument("--image_col", default=ID, help="column of image names")
     data.add_argument("--target_col", default=TARGET, help="column of labels, 0 or 1")
     data.add_argument("--group_col", default="patient_id", help="column that folds keep whole")

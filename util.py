@@ -29,6 +29,7 @@ import pandas as pd
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 ID, TARGET, FOLD, PROB = "image_name", "target", "fold", "prob"
+EXTERNAL = -1  # fold of images that are trained on and never held out
 PLACE = ("place_x", "place_y", "place_side")  # of a box in its wide crop, in fractions of it
 BOX_SIDE = "box_side"  # of the box over the short side of its image: 1 is the whole square
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -393,15 +394,15 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False)
 
 
-def check_target(table: pd.DataFrame, path: Path) -> np.ndarray:
-    """Targets as int (N,); raises InputError unless all are 0 or 1 and both occur."""
+def check_target(table: pd.DataFrame, path: Path, both: bool = True) -> np.ndarray:
+    """Targets as int (N,); raises InputError unless all are 0 or 1 and, where asked, both occur."""
     values = pd.to_numeric(table[TARGET], errors="coerce")
     bad = ~values.isin([0, 1])
     if bad.any():
         row = table[bad].iloc[0]
         raise InputError(f"{path}: target of {row[ID]} is {str(row[TARGET])!r}; it must be 0 or 1")
     target = values.to_numpy(dtype=int)
-    if len(np.unique(target)) < 2:
+    if both and len(np.unique(target)) < 2:
         raise InputError(f"{path}: every target is {target[0]}; both classes are needed")
     return target
 
@@ -443,8 +444,8 @@ def read_data(data_dir: Path) -> Data:
     Raises InputError where a table is missing or was changed since, or a group lies in two folds.
     """
     kinds = {
-        "size": int, "n_folds": int, "group_col": (str, type(None)), "image_dir": str,
-        "sha256": dict,
+        "size": int, "n_folds": int, "group_col": (str, type(None)), "image_dirs": list,
+        "image_dirs.*": str, "sha256": dict,
     }  # fmt: skip
     facts = read_json(data_dir / "preprocess.json", kinds)
     group = [] if facts["group_col"] is None else [facts["group_col"]]
@@ -461,7 +462,7 @@ def read_data(data_dir: Path) -> Data:
                 raise InputError(
                     f"{data_dir / name} was changed after preprocessing; run preprocess.py again"
                 )
-    folds = set(tables["train.csv"][FOLD])
+    folds = set(tables["train.csv"][FOLD]) - {EXTERNAL}
     if len(folds) != facts["n_folds"] or folds != set(range(len(folds))):
         raise InputError(f"{data_dir} has other folds than its json says; run preprocess.py again")
     sample = tables["sample_submission.csv"]
@@ -701,24 +702,26 @@ def open_maps(path: Path, rows: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------- images
-def index_images(image_dir: Path) -> dict[str, Path]:
-    """Images of a folder by file name and by name without suffix (jpg, jpeg, png, any case).
+def index_images(*image_dirs: Path) -> dict[str, Path]:
+    """Images of folders by file name and by name without suffix (jpg, jpeg, png, any case).
 
     Raises InputError where two share a name, or where one is a link to another place.
     """
-    if not image_dir.is_dir():
-        raise InputError(f"{image_dir} is not a folder; pass the images' folder with --image_dir")
     index: dict[str, Path] = {}
-    root = os.path.realpath(image_dir)
-    for path in sorted(image_dir.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
+    for folder in image_dirs:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder; pass the images' folder with --image_dir")
+        root = os.path.realpath(folder)
+        for path in sorted(folder.iterdir()):
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
             target = os.path.realpath(path) if path.is_symlink() else root
             if not Path(target).is_relative_to(root):
                 raise InputError(
                     f"{path} is a link to {target}, outside of its folder; put the image there"
                 )
             if path.stem in index:
-                raise InputError(f"{index[path.stem]} and {path.name} share a name; remove one")
+                raise InputError(f"{index[path.stem]} and {path} share a name; remove one")
             index[path.stem] = index[path.name] = path
     return index
 

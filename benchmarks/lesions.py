@@ -53,7 +53,7 @@ def ideal_square(mask: np.ndarray) -> Box | None:
 
 def find_mask_dir(data: util.Data, mask_dir: Path | None) -> Path:
     """The folder named, or masks/ beside the originals."""
-    return mask_dir or Path(data.facts["image_dir"]).parent / "masks"
+    return mask_dir or Path(data.facts["image_dirs"][0]).parent / "masks"
 
 
 def shares(table: pd.DataFrame, mask_dir: Path) -> np.ndarray:

@@ -197,7 +197,7 @@ BLEND = CONFIG | {"args": {"data_dir": "d", "mode": "mean"}, "zoom": [0.5, 1.0],
                   "members": [{"run": "r", "weight": 0.5}]}  # fmt: skip
 METRICS = {"folds": [{"fold": 0, "auc": 0.5}], "pooled": {},
            "ranked": {"auc": 0.5, "auc_interval": [0.1, 0.9]}}  # fmt: skip
-FACTS = {"size": 64, "n_folds": 2, "group_col": None, "image_dir": "i", "sha256": {}}
+FACTS = {"size": 64, "n_folds": 2, "group_col": None, "image_dirs": ["i"], "sha256": {}}
 PATHS = st.lists(st.integers(0, 5), min_size=1, max_size=3)
 
 

@@ -1,9 +1,11 @@
 """Images and csv to arrays, tables and folds."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import call, hashes, write_images
+from conftest import SMALL_MODEL, call, hashes, write_images
 from PIL import Image
 
 import preprocess
@@ -232,3 +234,62 @@ def test_exif_orientation_is_applied(tmp_path):
     assert size == upright.size == (30, 40)
     assert np.asarray(upright)[0, 0, 0] == 200
     assert np.asarray(upright)[-1, 0, 0] == 0
+
+
+# ---------------------------------------------------------------- external images
+def add_extra(source, tmp_path, **change):
+    """Three positive images of other patients in a folder of their own; returns their table."""
+    folder = tmp_path / "external"
+    (folder / "images").mkdir(parents=True)
+    for i in range(3):
+        shutil.copy(source / "images" / f"{i:04d}.jpg", folder / "images" / f"ex{i}.jpg")
+    table = pd.DataFrame({"image_name": ["ex0", "ex1", "ex2"], "target": 1,
+                          "patient_id": ["q0", None, "q2"], "sex": "male"})  # fmt: skip
+    table.assign(**change).to_csv(folder / "extra.csv", index=False)
+    return folder / "extra.csv"
+
+
+def test_external_images_are_in_no_fold(source, tmp_path):
+    words = ["--train_csv", source / "train.csv", "--size", 64, "--n_folds", 2]
+    plain = call("preprocess", *words, "--output_dir", tmp_path / "plain")
+    extra = call("preprocess", *words, "--output_dir", tmp_path / "data",
+                 "--extra_csv", add_extra(source, tmp_path))  # fmt: skip
+    data, alone = util.read_data(extra), util.read_data(plain)
+    assert data.train[util.FOLD].tolist() == [*alone.train[util.FOLD], -1, -1, -1]
+    assert data.train[util.ID].tolist() == [*alone.train[util.ID], "ex0", "ex1", "ex2"]
+    array = util.open_array(extra / "train_64.npy", 27)
+    assert (array[24:] == array[:3]).all()
+    assert (array[:24] == util.open_array(plain / "train_64.npy", 24)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patient_id": ["q0", "p3", None]}, "patient_id 'p3', and so has the train table"),
+        ({"patient_id": ["q0", "p13", None]}, "patient_id 'p13', and so has the test table"),
+        ({"image_name": ["ex0", "0004", "ex2"]}, "image_name '0004', and so has the train table"),
+        ({"target": [1, 2, 1]}, "target of ex1 is '2'"),
+    ],
+)
+def test_external_images_share_nothing_with_others(source, tmp_path, change, message):
+    table = add_extra(source, tmp_path, **change)
+    with pytest.raises(InputError, match=message):
+        call("preprocess", "--train_csv", source / "train.csv", "--extra_csv", table,
+             "--output_dir", tmp_path / "data")  # fmt: skip
+    assert not (tmp_path / "data").exists()
+
+
+def test_external_images_are_trained_on_and_never_scored(source, tmp_path):
+    data_dir = call("preprocess", "--train_csv", source / "train.csv", "--size", 64, "--n_folds", 2,
+                    "--extra_csv", add_extra(source, tmp_path), "--output_dir", tmp_path / "data")
+    where = ["--data_dir", data_dir, "--runs_dir", tmp_path, *SMALL_MODEL]
+    run = call("train", "--model", "chipnet", *where)
+    crops = call("crop", "--source", "attention", "--run", run, "--data_dir", data_dir,
+                 "--device", "cpu")  # fmt: skip
+    boxes = pd.read_csv(crops / "train_boxes.csv")
+    assert boxes["oof"].tolist() == [1] * 24 + [0] * 3
+    run = call("train", "--model", "cropnet", "--crop_dir", crops, *where)
+    assert len(pd.read_csv(run / "oof.csv")) == 24
+    folds = util.read_metrics(run)["folds"]
+    assert sum(fold["train_rows"] for fold in folds) == 24 + 2 * 3
+    call("audit", run)
