@@ -470,7 +470,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Net
         model = build_model(spec)
         model.load_state_dict(content["state_dict"])
     except Exception as error:  # whatever a foreign spec or state leads to
-        reason = " ".join(str(error).split())[:200]
+        reason = repr(" ".join(str(error).split())[:200])  # names of a foreign state hold anything
         raise ModelError(
             f"{path} does not fit its own spec ({reason}); copy it again or train again"
         ) from None

@@ -142,6 +142,7 @@ def check_table(path: Path) -> None:
 
 @given(content=mutants(TABLE, TABLE[:60]))
 @example(content=b"image_name,target\na,1,2\nb,0,3\n")
+@example(content=b"image_name,target\na,1\n,0\n")
 def test_tables_of_any_bytes(folder, content):
     path = folder / "t.csv"
     path.write_bytes(content)
@@ -350,6 +351,8 @@ def test_checkpoints_of_any_bytes(folder, change):
 
 
 @given(path=st.lists(st.integers(0, 200), min_size=1, max_size=2), value=ODD)
+@example(path=[1], value="\x80")
+@example(path=[0, 0], value=[])
 def test_checkpoints_of_any_values(folder, path, value):
     content = replaced(CHECKPOINT, path, value)
     file = folder / "a.pt"
