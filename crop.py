@@ -81,8 +81,7 @@ def fit_saliencies(data: util.Data, output_dir: Path, args, device) -> dict:
     }  # fmt: skip
     torch.manual_seed(0)  # of --weights none
     network = models.build_model(spec, args.weights).to(device).eval()
-    path_of_array = util.array_path(data.directory, "train", data.size)
-    array = util.open_array(path_of_array, len(data.train), data.size)
+    array = util.open_array(util.array_path(data.directory, "train", data.size), len(data.train))
     fold = data.train[FOLD].to_numpy()
     found = {
         k: localize.fit_saliency(network, array, np.flatnonzero(fold != k), device, seed=k)

@@ -299,7 +299,8 @@ def main(args: argparse.Namespace) -> Path:
     oof, test = keys.assign(**{PROB: oof_prob}), None
     if test_keys is not None:
         check_ids(test_keys, data.test, data)
-        test_values, test_weights = transform(args.mode, test_prob, test_keys[FOLD]), weights
+        test_values = transform(args.mode, test_prob, test_keys[FOLD].to_numpy())
+        test_weights = weights
         if zoom is not None:
             side, cropped = read_sides(runs, data, test_keys, "test")
             test_weights = util.zoom_weights(side, cropped, *zoom)

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import warnings
+import zipfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -441,9 +442,19 @@ def build_model(spec: dict, weights: str = "none") -> Network:
 
 
 # ---------------------------------------------------------------- checkpoints
+def unpacked_bytes(path: Path) -> int:
+    """Bytes that the members of a zip file unpack to; 0 of another file."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as file:
+        return sum(member.file_size for member in file.infolist())
+
+
 def read_torch_file(path: Path) -> dict:
     """Read a file of plain types and tensors; nothing in it is ever executed."""
     try:
+        if unpacked_bytes(path) > os.path.getsize(path):  # torch.save does not compress
+            raise ValueError(f"{path} would unpack to more than it is")
         with warnings.catch_warnings(action="ignore"):  # of files that torch did not write
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -493,7 +504,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Net
         model = build_model(spec)
         model.load_state_dict(content["state_dict"])
     except Exception as error:  # whatever a foreign spec or state leads to
-        reason = " ".join(str(error).split())[:200]
+        reason = repr(" ".join(str(error).split())[:200])  # names of a foreign state hold anything
         raise ModelError(
             f"{path} does not fit its own spec ({reason}); copy it again or train again"
         ) from None

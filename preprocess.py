@@ -175,18 +175,17 @@ def read_inputs(args: argparse.Namespace) -> tuple[dict[str, pd.DataFrame], dict
     group = util.groups_of(tables["train"], group_column(tables["train"], args))
     assign_folds(target, group, args.n_folds, args.seed)
     if "test" in inputs:
-        tables["test"] = read_labels(inputs["test"], args, {})
+        test = read_labels(inputs["test"], args, {})
+        tables["test"] = test[: args.limit]
     if "sample_submission" in inputs:
         sample = read_labels(inputs["sample_submission"], args, {})
-        odd = sorted(set(sample[ID]) ^ set(tables["test"][ID]))
+        odd = sorted(set(sample[ID]) ^ set(test[ID]))
         if odd:
             raise InputError(
                 f"{inputs['sample_submission']} and {inputs['test']} do not name the same images: "
                 f"only one has {odd[0]!r}; repair or remove one of them"
             )
         tables["sample_submission"] = sample
-    if "test" in inputs:
-        tables["test"] = tables["test"][: args.limit]
     if "extra" in inputs:
         tables["extra"] = read_extra(tables, args)
     return tables, inputs

@@ -274,12 +274,21 @@ def read_json(path: Path, kinds: dict[str, type | tuple] | None = None) -> dict:
     """Read a JSON object, strictly; raises InputError where it is missing, broken, or not as
     check_keys wants it."""
 
-    def refuse(word: str):
-        raise ValueError(f"{word} is no JSON")
+    def bounded(kind: type) -> Callable[[str], float]:
+        def parse(text: str) -> float:
+            value = kind(text)
+            if not abs(value) < 1e300:  # NaN, infinite, or an integer that no float can hold
+                raise ValueError(f"{text} is out of range")
+            return value
 
+        return parse
+
+    parsers = {"parse_int": bounded(int), "parse_float": bounded(float)}
     try:
         with reading(path, "run the stage that writes it"):
-            content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+            content = json.loads(
+                path.read_text(encoding="utf-8"), parse_constant=bounded(float), **parsers
+            )
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); make it again") from None
     if not isinstance(content, dict):

@@ -24,7 +24,7 @@ SMALL_MODEL = [
 ]  # fmt: skip
 
 # of tests/test_fuzz.py: the same few cases every time, or with --hypothesis-profile long many new
-for name, examples in (("short", 30), ("long", 1000)):
+for name, examples in (("short", 20), ("long", 1000)):
     settings.register_profile(
         name, max_examples=examples, deadline=None, derandomize=name == "short", database=None,
         suppress_health_check=list(HealthCheck),

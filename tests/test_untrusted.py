@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -206,6 +207,17 @@ def test_packed_tables_are_not_unpacked(tmp_path):
     pd.DataFrame({"image_name": ["a"] * 10**5}).to_csv(path)
     with pytest.raises(InputError, match="not UTF-8 text|not a readable csv"):
         util.read_table(path)
+
+
+def test_packed_weights_are_not_unpacked(tmp_path):
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "a.pt")
+    assert len(models.read_torch_file(tmp_path / "a.pt")["a"]) == 10**6
+    packed = zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "a.pt") as plain, packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(ModelError, match=r"b\.pt is not a file of plain weights"):
+        models.read_torch_file(tmp_path / "b.pt")
 
 
 # ---------------------------------------------------------------- versions
