@@ -100,7 +100,8 @@ def make_sources(data: util.Data, output_dir: Path, args, device: torch.device) 
         networks = load_networks(args.run, args.source, data, device)
     claim_output(output_dir, data, args, sorted(networks))
     if "saliency" in args.source:
-        saliencies = fit_saliencies(data, output_dir, args, device)
+        with util.locked(output_dir):  # other shards wait, and load them
+            saliencies = fit_saliencies(data, output_dir, args, device)
     return {
         k: localize.make_source(args.source, networks.get(k), saliencies.get(k), args.shifts)
         for k in (networks or saliencies)

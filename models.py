@@ -466,6 +466,8 @@ def save_checkpoint(path: Path, model: Network, spec: dict, **extra) -> None:
     try:
         torch.save(content, temporary)
         os.replace(temporary, path)
+    except RuntimeError as error:  # torch's word for a full disk too
+        raise ModelError(f"{path} cannot be written; is the disk full? ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 

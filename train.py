@@ -284,7 +284,8 @@ def open_run(settings: argparse.Namespace, config: dict, folds: list[int]) -> tu
     """
     run_dir = run_dir_of(settings)
     path = run_dir / "config.json"
-    if run_dir.exists() and any(run_dir.iterdir()) and not path.exists():
+    held = {file.name for file in run_dir.iterdir()} if run_dir.exists() else set()
+    if held - {"config.json.tmp"} and not path.exists():  # a kill may leave that one
         raise InputError(f"{run_dir} holds files but no run; pass another --name")
     if settings.overwrite and path.exists():
         shutil.rmtree(run_dir)
@@ -504,12 +505,17 @@ def record_fold(
     run_dir: Path, data: util.Data, facts: dict, oof: pd.DataFrame, test: pd.DataFrame | None
 ) -> dict:
     """Add a fold's predictions to the run's files, in table order; returns the metrics."""
+
+    def read_others(name: str, columns) -> pd.DataFrame:
+        table = util.read_predictions(run_dir, name, columns)
+        return table[table[FOLD] != facts["fold"]]  # a killed call may have written this fold
+
     folds = [facts]
     if (run_dir / "metrics.json").exists():
         folds += util.read_metrics(run_dir)["folds"]
-        oof = pd.concat([util.read_predictions(run_dir, "oof.csv", oof.columns), oof])
+        oof = pd.concat([read_others("oof.csv", oof.columns), oof])
         if test is not None:
-            earlier = util.read_predictions(run_dir, "test_predictions.csv", test.columns)
+            earlier = read_others("test_predictions.csv", test.columns)
             test = pd.concat([earlier, test]).sort_values(FOLD, kind="stable")
     order = pd.Series(np.arange(len(data.train)), index=data.train[ID])
     oof = oof.iloc[np.argsort(order[oof[ID]].to_numpy())]

@@ -19,7 +19,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -142,6 +142,8 @@ def claim_filling(path: Path, marker: str, args: argparse.Namespace, settings: d
     """
     if args.overwrite and args.shard:
         raise InputError("--overwrite would drop what other shards wrote; remove the directory")
+    if (path / marker).exists():
+        drop_parts(path)  # of a run that was killed after its last step
     claim_dir(path, marker, args.overwrite)
     if args.overwrite:
         drop_parts(path)
@@ -177,13 +179,31 @@ def drop_parts(path: Path) -> None:
 # ---------------------------------------------------------------- files that are whole or absent
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the place of `path` only on success."""
-    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")  # shards write the same
+    """Yield a temporary path beside `path`; it takes the place of `path` only on success.
+
+    Processes that write the same path take turns; what a killed one left is written over.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    handle = own_file(temporary)
     try:
         yield temporary
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(handle)
+
+
+def own_file(path: Path) -> int:
+    """Create a file, or take over one that no living process holds; returns its locked handle."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)  # while we waited its owner gave it another name
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import crop_gain
 import crop_quality
 import fsg_ablation
 import fsg_cost
+import kill_test
 import lesions
 import speed
 
@@ -219,3 +220,35 @@ def test_speed_table(monkeypatch):
         "| stage | reference | ours | limit | ratio | of limit |\n|---|---|---|---|---|---|\n"
         "| nap | 25.0 | 100.0 | 200.0 | 4.00 | 0.5 |"
     )
+
+
+# ---------------------------------------------------------------- kills
+def test_killed_preprocessing_goes_on_to_the_same_end(capsys):
+    run(kill_test, "--kills", 1, "--only", "preprocess", "--no-full_disk")
+    cells = capsys.readouterr().out.splitlines()[2].split("|")
+    kills, calls, _, differences = (int(cell) for cell in cells[4:8])
+    assert kills == calls >= 1
+    assert differences == 0
+
+
+def test_kill_test_names_what_differs(data_dir, tmp_path):
+    before = kill_test.fresh(tmp_path / "a", data_dir)
+    after = kill_test.fresh(tmp_path / "b", data_dir)
+    facts = util.read_json(after / "preprocess.json")
+    util.write_json(after / "preprocess.json", facts | {"argv": ["other"], "commit": None})
+    assert kill_test.compare(after, before) == []
+    assert kill_test.torn(after, before) == []
+    util.write_json(after / "preprocess.json", facts | {"seed": 7})
+    (after / "test.csv").unlink()
+    (after / "train.csv.tmp").touch()
+    with open(after / "train_64.npy", "r+b") as file:
+        file.truncate(5000)
+    assert kill_test.compare(after, before) == [
+        "train.csv.tmp is left over", "test.csv is missing", "preprocess.json differs",
+        "train_64.npy is torn",
+    ]  # fmt: skip
+    assert [line.split(":")[0] for line in sorted(kill_test.torn(after, before))] == [
+        "train.csv.tmp is left over", "train_64.npy is torn",
+    ]  # fmt: skip
+    assert kill_test.complaint(2, "bar 3%\ncrop.py: error: no room\n") == []
+    assert kill_test.complaint(1, "Traceback\nOSError: no room\n")

@@ -335,3 +335,19 @@ def test_checkpoint_for_prediction_has_gates_and_batchnorms_folded(tmp_path):
     image, meta = torch.rand(2, 3, 64, 64), torch.zeros(2, 0)
     with torch.no_grad():
         assert torch.allclose(folded(image, meta), network(image, meta), atol=1e-5)
+
+
+def test_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path, network = tmp_path / "a.pt", models.regnet_tiny(1)
+    models.save_checkpoint(path, network, {})
+    before = path.read_bytes()
+
+    def save(content, temporary):
+        temporary.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos 4 vs 0")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(models.ModelError, match=r"a\.pt cannot be written; is the disk full\?"):
+        models.save_checkpoint(path, network, {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
