@@ -342,6 +342,8 @@ def main(args: argparse.Namespace) -> Path:
         path = output_dir / "saliency.pt"
         os.replace(util.part_of(path), path)
     paths = [util.array_path(output_dir, name, size) for name, size in sizes.items()]
+    paths += [output_dir / f"{cropper.split}_boxes.csv" for cropper in croppers]
+    paths += [cropper.maps.path for cropper in croppers if cropper.maps is not None]
     facts = {
         key: getattr(args, key)
         for key in ("source", "run", "boxes", "rule", "num_devs", "views", "shifts", "amp")

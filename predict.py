@@ -293,6 +293,11 @@ def main(args: argparse.Namespace) -> Path:
     run = open_run(args.run, models.pick_device(args.device), args)
     paths = list_images(args.images)
     paths = dict(list(paths.items())[: args.limit])
+    trained_on = util.read_predictions(args.run, "oof.csv", [PROB])[ID]
+    seen = paths.keys() & {Path(name).stem for name in trained_on}
+    if seen:
+        print(f"{len(seen)} images have names of training images, which networks of this run have "
+              f"seen; {args.run / 'oof.csv'} has their held-out predictions")  # fmt: skip
     meta = None if args.csv is None else util.read_table(args.csv, (), args.image_col)
     if meta is not None and not meta[ID].isin(paths).any():
         raise InputError(f"{args.csv} names none of the images; write their names without suffix")

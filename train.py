@@ -152,6 +152,30 @@ def parse_folds(words: list[str], n_folds: int) -> list[int]:
     return sorted({int(word) for word in words})
 
 
+def read_crop(crop_dir: Path, data: util.Data) -> dict:
+    """crop.json of a directory; raises InputError where it was cropped for other folds."""
+    kinds = {"folds_sha256": str, "source": str, "sha256": dict, "wide_size": int}
+    crop = util.read_json(crop_dir / "crop.json", kinds)
+    if crop["folds_sha256"] != util.folds_sha256(data.train):
+        raise InputError(
+            f"{crop_dir} was cropped for other folds than {data.directory} has; run crop.py again, "
+            "or the validation images would have been seen"
+        )
+    return crop
+
+
+def check_unseen(crop_dir: Path, data: util.Data, folds: list[int]) -> None:
+    """Raise InputError where held-out images were cropped by networks trained on them."""
+    boxes = util.read_table(crop_dir / "train_boxes.csv", ["oof"])
+    seen = data.train[FOLD].isin(folds) & data.train[ID].isin(boxes[ID][boxes["oof"] == 0])
+    if seen.any():
+        k = data.train[FOLD][seen].iloc[0]
+        raise InputError(
+            f"{crop_dir}: the images of fold {k} were cropped by networks that saw them (oof = 0); "
+            f"train fold {k} of that run and crop again, or leave it out of --fold"
+        )
+
+
 def find_arrays(settings: argparse.Namespace, data: util.Data) -> tuple[dict, dict | None]:
     """Recorded hashes of the arrays to read, and crop.json where crops are used."""
     needed, crop = {}, None
@@ -160,13 +184,7 @@ def find_arrays(settings: argparse.Namespace, data: util.Data) -> tuple[dict, di
         for split in data.tables():
             needed[util.array_path(data.directory, split, data.size)] = data.size
     if settings.crop_dir is not None:
-        kinds = {"folds_sha256": str, "source": str, "sha256": dict, "wide_size": int}
-        crop = util.read_json(settings.crop_dir / "crop.json", kinds)
-        if crop["folds_sha256"] != util.folds_sha256(data.train):
-            raise InputError(
-                f"{settings.crop_dir} was cropped for other folds than {data.directory} has; run "
-                "crop.py again, or the validation images would have been seen"
-            )
+        crop = read_crop(settings.crop_dir, data)
         splits = [(split, data.size) for split in data.tables()]
         splits += [("train_wide", crop["wide_size"])] if settings.jitter else []
         for split, size in splits:
@@ -219,6 +237,9 @@ def fold_weights(settings: argparse.Namespace, data: util.Data, k: int) -> str:
     Raises InputError where that run has other folds: its network would have seen held-out images.
     """
     run_dir = Path(settings.weights)
+    if (run_dir.parent / "config.json").exists() and run_dir.is_file():
+        raise InputError(f"--weights {run_dir} is the network of one fold; pass {run_dir.parent}: "
+                         "each fold then starts from its own")  # fmt: skip
     if not run_dir.is_dir():
         return settings.weights
     if util.read_config(run_dir)["data"]["folds_sha256"] != util.folds_sha256(data.train):
@@ -510,6 +531,7 @@ def record_fold(
         table = util.read_predictions(run_dir, name, columns)
         return table[table[FOLD] != facts["fold"]]  # a killed call may have written this fold
 
+    facts["checkpoint"] = util.sha256(run_dir / f"fold{facts['fold']}_best.pt")
     folds = [facts]
     if (run_dir / "metrics.json").exists():
         folds += util.read_metrics(run_dir)["folds"]
@@ -847,13 +869,14 @@ def make_datasets(
         "train": pick_rows(target, np.flatnonzero(~held_out), settings.limit),
         "valid": pick_rows(target, np.flatnonzero(held_out), settings.limit),
     }
+    fitted_rows = rows["train"]
     if settings.routing == "held_out":
         group = util.groups_of(table, data.facts["group_col"])
         apart = gate_rows(rows["train"], group, target, epoch_seed(settings.seed, k, 0) % 2**32)
         rows |= {"train": rows["train"][~apart], "gates": rows["train"][apart]}
     encoder = MetaEncoder({})  # ChipNet takes no metadata
     if not is_chipnet:
-        encoder = MetaEncoder.fit(table.iloc[rows["train"]], meta_columns(settings, table))
+        encoder = MetaEncoder.fit(table.iloc[fitted_rows], meta_columns(settings, table))
     meta, images = encoder.encode(table), {}
     place = table[list(util.PLACE)].to_numpy() if settings.jitter else None
     shift = models.CHIP // 2 if is_chipnet else 0  # as much as crop.py shifts the chips
@@ -933,7 +956,10 @@ def main(args: argparse.Namespace) -> Path:
     arrays, crop = find_arrays(settings, data)
     meta_columns(settings, read_tables(settings, data)["train"])
     if settings.guide is not None:
+        read_crop(settings.guide, data)
         util.open_maps(settings.guide / "train_attention.npy", len(data.train))
+    if settings.crop_dir is not None:
+        check_unseen(settings.crop_dir, data, folds)
     spec = make_spec(settings, data.size, meta_dim=0)
     for k in folds:  # fails here, before anything is written
         models.build_model(spec, fold_weights(settings, data, k))

@@ -440,15 +440,16 @@ class Data:
 def read_data(data_dir: Path) -> Data:
     """Read a directory that preprocess.py finished.
 
-    Raises InputError where a table is missing or was changed since.
+    Raises InputError where a table is missing or was changed since, or a group lies in two folds.
     """
     kinds = {
         "size": int, "n_folds": int, "group_col": (str, type(None)), "image_dir": str,
         "sha256": dict,
     }  # fmt: skip
     facts = read_json(data_dir / "preprocess.json", kinds)
+    group = [] if facts["group_col"] is None else [facts["group_col"]]
     columns = {
-        "train.csv": (TARGET, FOLD, "width", "height"),
+        "train.csv": (TARGET, FOLD, "width", "height", *group),
         "test.csv": ("width", "height"),
         "sample_submission.csv": (),
     }
@@ -465,7 +466,23 @@ def read_data(data_dir: Path) -> Data:
         raise InputError(f"{data_dir} has other folds than its json says; run preprocess.py again")
     sample = tables["sample_submission.csv"]
     submission_ids = None if sample is None else sample[ID].tolist()
-    return Data(data_dir, tables["train.csv"], tables["test.csv"], submission_ids, facts)
+    data = Data(data_dir, tables["train.csv"], tables["test.csv"], submission_ids, facts)
+    check_groups(data)
+    return data
+
+
+def check_groups(data: Data) -> int:
+    """Number of groups of the training images; raises InputError where one lies in two folds."""
+    folds = data.train[FOLD].groupby(data.group.to_numpy()).unique()
+    for name, found in folds.items():
+        if len(found) > 1:
+            group = f"{data.facts['group_col']} {name.partition(':')[2]}"
+            raise InputError(
+                f"{data.directory / 'train.csv'}: {group} lies in folds {found[0]} and {found[1]}, "
+                "so that networks would be scored on what they were trained on; run preprocess.py "
+                "again"
+            )
+    return len(folds)
 
 
 def groups_of(table: pd.DataFrame, group_col: str | None) -> np.ndarray:
@@ -938,6 +955,20 @@ def read_predictions(run_dir: Path, name: str, columns: Iterable[str]) -> pd.Dat
     return table
 
 
+def score_folds(oof: pd.DataFrame, data: Data, folds: Iterable[int]) -> dict:
+    """Scores of held-out predictions in every fold, over all rows, and over ranks inside folds."""
+    group, fold = data.group[oof[ID]].to_numpy(), oof[FOLD].to_numpy()
+    target, prob = oof[TARGET].to_numpy(), oof[PROB].to_numpy()
+    return {
+        "folds": [
+            {"fold": k, **score(target[fold == k], prob[fold == k], group[fold == k])}
+            for k in folds
+        ],
+        "pooled": score(target, prob, group),
+        "ranked": score(target, rank_in_fold(prob, fold), group),
+    }
+
+
 def write_run(
     run_dir: Path,
     oof: pd.DataFrame,
@@ -951,28 +982,26 @@ def write_run(
     oof: image_name, fold, target, prob. test: image_name, fold, prob, or None. folds: one dict
     of facts per fold (at least its number), to which the scores are added. extra: further metrics.
     """
-    group = data.group[oof[ID]].to_numpy()
-    target, prob = oof[TARGET].to_numpy(), oof[PROB].to_numpy()
-    for fold in folds:
-        rows = (oof[FOLD] == fold["fold"]).to_numpy()
-        fold |= score(target[rows], prob[rows], group[rows])
-    metrics = {
-        "folds": folds,
-        "pooled": score(target, prob, group),
-        "ranked": score(target, rank_in_fold(prob, oof[FOLD].to_numpy()), group),
-        **extra,
-    }
-    write_table(run_dir / "oof.csv", oof)
+    metrics = score_folds(oof, data, [fold["fold"] for fold in folds]) | extra
+    scores = metrics["folds"]
+    metrics["folds"] = [facts | new for facts, new in zip(folds, scores, strict=True)]
+    tables = {"oof.csv": oof}
     if test is not None:
-        write_table(run_dir / "test_predictions.csv", test)
-        mean = test.groupby(ID)[PROB].mean()
-        ids = pd.Index(data.submission_ids or data.test[ID])
-        ids = ids[ids.isin(mean.index)]  # a dry run with --limit predicts some
-        submission = pd.DataFrame({ID: ids, TARGET: mean[ids].to_numpy()})
-        write_table(run_dir / "submission.csv", submission)
+        tables |= {"test_predictions.csv": test, "submission.csv": mean_over_folds(test, data)}
+    for name, table in tables.items():
+        write_table(run_dir / name, table)
+    metrics["sha256"] = {name: sha256(run_dir / name) for name in tables}
     plot_roc(run_dir / "roc.png", oof)
     write_json(run_dir / "metrics.json", metrics)
     return metrics
+
+
+def mean_over_folds(test: pd.DataFrame, data: Data) -> pd.DataFrame:
+    """The submission: mean probability of the test images predicted, in the sample's order."""
+    mean = test.groupby(ID)[PROB].mean()
+    ids = pd.Index(data.submission_ids or data.test[ID])
+    ids = ids[ids.isin(mean.index)]  # a dry run with --limit predicts some
+    return pd.DataFrame({ID: ids, TARGET: mean[ids].to_numpy()})
 
 
 def metrics_line(name: str, metrics: dict) -> str:

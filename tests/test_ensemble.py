@@ -197,6 +197,8 @@ def test_runs_of_other_data_are_refused(runs):
     util.write_json(runs / "resnet" / "config.json", config)
     with pytest.raises(InputError, match="other data or folds"):
         blend(runs, "mean")
+    with pytest.raises(InputError, match="trained on other folds than"):
+        blend(runs, "mean", "--runs", "resnet")
 
 
 def test_empty_folder_is_refused(tmp_path):

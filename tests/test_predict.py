@@ -41,9 +41,10 @@ def test_boxes_are_those_of_crop_py(runs_dir, data_dir, test_images, tmp_path):
     assert np.allclose(read(out / "predictions.csv")[edges], boxes[edges], atol=1e-3)
 
 
-def test_folder_through_a_learned_blend_with_pictures(runs_dir, source, tmp_path):
+def test_folder_through_a_learned_blend_with_pictures(runs_dir, source, tmp_path, capsys):
     before = hashes(source)
     out = predict(runs_dir / "ensemble", tmp_path / "out", source / "images")
+    assert "24 images have names of training images" in capsys.readouterr().out
     table = read(out / "predictions.csv")
     assert len(table) == 28
     assert table["prob"].between(0, 1).all()

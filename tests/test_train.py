@@ -106,6 +106,9 @@ def test_guided_attention_comes_to_resemble_the_maps(data_dir, tmp_path):
     maps = np.full((24, 8, 8), 1e-6, np.float32)
     maps[:, 3:5, 3:5] = 0.25  # the centre: no symmetry or small shift moves it away
     np.save(guide / "train_attention.npy", maps)
+    facts = {"source": "boxes", "sha256": {}, "wide_size": 90}
+    folds = util.folds_sha256(util.read_data(data_dir).train)
+    util.write_json(guide / "crop.json", facts | {"folds_sha256": folds})
     words = ["--epochs", 12, "--patience", 12, "--fold", 0, "--guide", guide]
     runs = {w: fit(data_dir, tmp_path / w, *words, "--guide_weight", w, model="chipnet")
             for w in ("0", "3")}  # fmt: skip
@@ -121,6 +124,9 @@ def test_guided_attention_comes_to_resemble_the_maps(data_dir, tmp_path):
         fit(data_dir, tmp_path, "--guide", guide)
     np.save(guide / "train_attention.npy", maps[:5])
     with pytest.raises(InputError, match=r"float32 \(24, h, w\) is expected"):
+        fit(data_dir, tmp_path / "other", "--guide", guide, model="chipnet")
+    util.write_json(guide / "crop.json", facts | {"folds_sha256": "other"})
+    with pytest.raises(InputError, match="cropped for other folds"):
         fit(data_dir, tmp_path / "other", "--guide", guide, model="chipnet")
 
 
@@ -626,6 +632,58 @@ def test_crops_of_other_folds_are_refused(data_dir, runs_dir, source, tmp_path):
             "--device",
             "cpu",
         )
+
+
+def test_crops_by_networks_that_saw_the_held_out_images_are_refused(data_dir, runs_dir, tmp_path):
+    crops = shutil.copytree(data_dir / "crops" / "chipnet", tmp_path / "crops")
+    boxes = pd.read_csv(crops / "train_boxes.csv", dtype={"image_name": str})
+    fold = util.read_data(data_dir).train["fold"]
+    util.write_table(crops / "train_boxes.csv", boxes.assign(oof=(fold == 0).astype(int)))
+    words = ["--crop_dir", crops, "--limit", 4]
+    with pytest.raises(InputError, match="images of fold 1 were cropped by networks that saw them"):
+        fit(data_dir, tmp_path / "runs", *words, model="cropnet")
+    assert not (tmp_path / "runs").exists()
+    fit(data_dir, tmp_path / "runs", *words, "--fold", 0, model="cropnet")
+
+
+def test_weights_of_a_single_fold_are_refused(data_dir, runs_dir, tmp_path):
+    weights = ["--weights", runs_dir / "resnet" / "fold0_best.pt"]
+    with pytest.raises(InputError, match="is the network of one fold; pass .*resnet"):
+        call("train", "--model", "resnet", "--data_dir", data_dir, "--runs_dir", tmp_path,
+             *SMALL_MODEL, *weights)  # fmt: skip
+
+
+def test_encoder_is_fitted_to_training_rows_alone(data_dir, monkeypatch):
+    fit_encoder, shown = train.MetaEncoder.fit, []
+
+    def record(table, names):
+        shown.append(set(table["image_name"]))
+        return fit_encoder(table, names)
+
+    monkeypatch.setattr(train.MetaEncoder, "fit", record)
+    data = util.read_data(data_dir)
+    for more in ([], ["--fsg", "--routing", "held_out"]):
+        words = ["--model", "resnet", "--data_dir", data_dir, *SMALL_MODEL, *more]
+        args = train.get_args_parser().parse_args([str(word) for word in words])
+        train.make_datasets(1, train.fill_defaults(args), data, None)
+    assert shown == [set(data.train["image_name"][data.train["fold"] == 0])] * 2
+
+
+def test_a_killed_call_may_have_written_some_of_a_fold(data_dir, runs_dir, tmp_path):
+    run, data = shutil.copytree(runs_dir / "resnet", tmp_path / "run"), util.read_data(data_dir)
+    metrics = util.read_metrics(run)
+    tables = [pd.read_csv(run / name, dtype={"image_name": str})
+              for name in ("oof.csv", "test_predictions.csv")]  # fmt: skip
+    util.write_json(run / "metrics.json", metrics | {"folds": metrics["folds"][:1]})
+    second = [table[table["fold"] == 1] for table in tables]
+    found = train.record_fold(run, data, metrics["folds"][1], *second)
+    assert [fold["rows"] for fold in found["folds"]] == [12, 12]
+    for name in ("oof.csv", "test_predictions.csv", "submission.csv", "metrics.json"):
+        assert (run / name).read_bytes() == (runs_dir / "resnet" / name).read_bytes(), name
+    (tmp_path / "new" / "resnet").mkdir(parents=True)
+    (tmp_path / "new" / "resnet" / "config.json.tmp").touch()  # killed while writing its first file
+    fit(data_dir, tmp_path / "new", "--fold", 0, "--resume", "--limit", 2)  # fewer than test images
+    assert len(pd.read_csv(tmp_path / "new" / "resnet" / "submission.csv")) == 2
 
 
 def test_array_and_table_that_do_not_match_are_refused(data_dir, tmp_path):

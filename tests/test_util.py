@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import shutil
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +23,20 @@ def test_json_is_strict_and_whole(tmp_path):
         util.write_json(path, {"a": float("nan")})
     assert util.read_json(path)["a"] == 3  # the failed write left the old file
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_a_killed_writer_left_is_written_over_and_a_living_one_waited_for(tmp_path):
+    path = tmp_path / "a.json"
+    (tmp_path / "a.json.tmp").write_text("half of a fi")
+    with util.atomic(path) as temporary:
+        temporary.write_text("{}\n")
+        other = Thread(target=util.write_json, args=(path, {"b": 1}))
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+    other.join()
+    assert util.read_json(path) == {"b": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_array_has_its_name_once_it_is_finished(tmp_path):
@@ -93,8 +109,10 @@ def test_unfinished_directory_goes_on_only_with_the_same_settings(tmp_path):
     assert not (out / "x.npy.part").exists()
     util.finish_filling(out, "done.json", {})
     assert [p.name for p in out.iterdir()] == ["done.json"]
+    (out / "x.npy.part").write_bytes(b"x")  # killed between its last two steps
     with pytest.raises(InputError, match="already finished"):
         claim(size=4)
+    assert [p.name for p in out.iterdir()] == ["done.json"]
 
 
 @pytest.mark.parametrize(
@@ -198,9 +216,24 @@ def test_rows_without_group_are_groups_of_their_own():
     assert len(set(util.groups_of(table, None))) == 4
 
 
-def test_changed_table_is_noticed(data_dir, tmp_path):
-    import shutil
+def test_group_on_both_sides_of_a_fold_is_named(data_dir, tmp_path):
+    def move(name, group_col="patient_id"):
+        """A copy of the data whose first row lies in the other fold, hashed as if it had to."""
+        copy = shutil.copytree(data_dir, tmp_path / name, ignore=shutil.ignore_patterns("crops"))
+        table = pd.read_csv(copy / "train.csv", dtype={"image_name": str})
+        table.loc[0, "fold"] = 1 - table.loc[0, "fold"]
+        table.to_csv(copy / "train.csv", index=False)
+        facts = util.read_json(copy / "preprocess.json") | {"group_col": group_col}
+        facts["sha256"]["train.csv"] = util.sha256(copy / "train.csv")
+        util.write_json(copy / "preprocess.json", facts)
+        return copy
 
+    with pytest.raises(InputError, match=r"train\.csv: patient_id p0 lies in folds . and ., so"):
+        util.read_data(move("split"))
+    assert util.check_groups(util.read_data(move("alone", None))) == 24  # every row by itself
+
+
+def test_changed_table_is_noticed(data_dir, tmp_path):
     copy = shutil.copytree(data_dir, tmp_path / "data")
     util.read_data(copy)
     text = (copy / "train.csv").read_text()
