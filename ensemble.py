@@ -279,9 +279,6 @@ def main(args: argparse.Namespace) -> Path:
     keys, prob, test_keys, test_prob = read_runs(runs)
     member_data = util.read_config(runs[0])["args"]["data_dir"]
     data = util.read_data(args.data_dir or Path(member_data))
-    if util.read_config(runs[0])["data"]["folds_sha256"] != util.folds_sha256(data.train):
-        raise InputError(f"the runs were trained on other folds than {data.directory} has; pass "
-                         "their --data_dir or train again")  # fmt: skip
     check_ids(keys, data.train, data)
     if util.read_config(runs[0])["data"]["folds_sha256"] != util.folds_sha256(data.train):
         raise InputError(f"the runs were trained on other folds than {data.directory} has; pass "
