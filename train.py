@@ -631,7 +631,7 @@ class Trainer:
             self.parallel = DistributedDataParallel(self.model)
         if settings.compile:
             self.parallel = torch.compile(self.parallel, mode=settings.compile)
-        self.progress = {"epoch": 0, "best_epoch": 0, "best_auc": -1.0, "seconds": 0.0}
+        self.progress = {"epoch": 0, "best_epoch": 0, "auc": -1.0, "best_auc": -1.0, "seconds": 0.0}
         self.progress |= UNBEGUN
 
     @property
@@ -773,15 +773,21 @@ class Trainer:
         )
 
     def load(self, path: Path) -> None:
-        """Take up training where `save` left it."""
+        """Take up training where `save` left it; raises InputError where the file is of another
+        version or network."""
         content = models.load_checkpoint(path)[1]
-        self.model.load_state_dict(content["state_dict"])
-        for optimizer, state in zip(self.routing.optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.scaler.load_state_dict(content["scaler"])
-        if self.average is not None:
-            self.average.load_state_dict(content["average"])
-        self.progress = content["progress"]
+        try:
+            self.model.load_state_dict(content["state_dict"])
+            for one, state in zip(self.routing.optimizers, content["optimizers"], strict=True):
+                one.load_state_dict(state)
+            self.scaler.load_state_dict(content["scaler"])
+            if self.average is not None:
+                self.average.load_state_dict(content["average"])
+            self.progress = {key: content["progress"][key] for key in self.progress}
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise InputError(
+                f"{path} cannot be gone on with ({error}); pass --overwrite to start the run anew"
+            ) from None
 
 
 def epoch_loaders(trainer: Trainer, images: dict, seed: int) -> tuple:

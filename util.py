@@ -54,7 +54,8 @@ class InputError(Exception):
     """Bad input: its text is one line that names the file or value and says what to do."""
 
     def __init__(self, text: str):
-        super().__init__(one_line(text))
+        # one that a loader process raised comes with its traceback
+        super().__init__(one_line(text.rpartition("InputError: ")[2]))
 
 
 class Stopped(Exception):

@@ -255,6 +255,26 @@ def test_resumed_run_equals_an_uninterrupted_one(data_dir, runs_dir, tmp_path, m
                 assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.mark.parametrize("key", ["optimizers", "progress", "state_dict"])
+def test_a_checkpoint_that_cannot_be_resumed_is_named(data_dir, tmp_path, key):
+    with pytest.raises(util.Stopped):
+        fit(data_dir, tmp_path, "--fold", 0, "--max_hours", 0)
+    path = tmp_path / "resnet" / "fold0_last.pt"
+    content = torch.load(path, weights_only=True)
+    del content[key]
+    torch.save(content, path)
+    with pytest.raises((InputError, models.ModelError), match="fold0_last.pt .*again|anew"):
+        fit(data_dir, tmp_path, "--fold", 0, "--resume")
+
+
+def test_what_a_loader_process_finds_is_one_line(data_dir, tmp_path):
+    images = dataset.ImageDataset([dataset.Stored(tmp_path / "gone.npy", 4)], range(4),
+                                  np.zeros((4, 1)))  # fmt: skip
+    with pytest.raises(InputError) as error:
+        list(dataset.make_loader(images, 1, batch_size=2))
+    assert str(error.value).startswith(str(tmp_path / "gone.npy"))
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_lets_the_step_end_and_saves(data_dir, tmp_path, monkeypatch, number, status):
     before, count_loss = signal.getsignal(number), train.Trainer.count_loss
