@@ -22,7 +22,7 @@ demo: .venv/installed
 	$(RUN) example_data/report.py --demo_dir demo
 
 test: .venv/installed-dev lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

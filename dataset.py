@@ -338,10 +338,12 @@ class ImageDataset(Dataset):
 
 
 def start_worker(worker_id: int) -> None:
-    """Keep OpenCV in a loader process from starting threads, and leave signals to the trainer."""
+    """Keep OpenCV in a loader process from starting threads, and Ctrl-C and the like, which reach
+    a whole process group, for the trainer."""
     cv2.setNumThreads(0)
-    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole process group
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):  # not the trainer's, where it was forked
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Epoch(Dataset):

@@ -828,6 +828,11 @@ def fit(trainer: Trainer, k: int, images: dict[str, Dataset], run_dir: Path, ext
             if team.leads:
                 trainer.save(last_path, **extra)
             raise
+        except RuntimeError as error:
+            if trainer.watch.signal is None or "DataLoader worker" not in str(error):
+                raise
+            # the signal ended loader processes too, and torch may have said so within a step
+            raise trainer.watch.stop(f"{name}; it will begin anew") from None
         auc = util.weighted_auc(valid.target, prob)
         seconds = time.monotonic() - start
         logit = torch.from_numpy(prob).clamp(1e-7, 1 - 1e-7).logit().unsqueeze(1)

@@ -1,6 +1,8 @@
 """Metadata, augmentation, workers, samplers."""
 
+import os
 import pickle
+import signal
 import warnings
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import kstest
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from torchvision.transforms.v2 import functional
 
 import dataset
@@ -135,6 +137,28 @@ def test_epochs_differ_and_seeds_repeat_for_any_number_of_workers(data_dir):
     assert len(set(one)) >= 15  # 16 draws; a rounding tie is possible
     assert len(set(one) & set(two)) <= 1
     assert one == draws(data_dir, 1, 2) == draws(data_dir, 1, 1, batch_size=3)
+
+
+class Process(Dataset):
+    """Items that say what process makes them."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        default = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        return os.getpgid(0), default, cv2.getNumThreads()
+
+
+def test_loader_processes_get_no_signals_of_the_trainer_and_can_be_ended():
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        group, default, threads = next(iter(dataset.make_loader(Process(), 1, batch_size=2)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert group[0] != os.getpgid(0)
+    assert default.all()
+    assert (threads <= 1).all()
 
 
 def test_order_of_an_epoch():
