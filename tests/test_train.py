@@ -206,7 +206,7 @@ def test_folds_gather_in_one_run_whatever_the_order(data_dir, tmp_path, runs_dir
 
 RESUMED = {
     "resnet": ["--mixup", "0.4", "--label_smoothing", "0.1", "--accumulate", "2", "--workers", "1"],
-    "chipnet": ["--ema", "0.7", "--pos_weight", "2", "--loss", "bce"],
+    "chipnet": ["--ema", "0.7", "--pos_weight", "2", "--loss", "bce", "--amp", "fp16"],
     "cropnet": ["--loader", "device", "--sampler", "shuffle"],
     "fusion": ["--clip_grad", "0.1", "--fsg", "--gate_init", "hard"],
     "fsg_vit": ["--backbone", "vit_tiny", "--routing", "held_out", "--layer_decay", "0.8"],
@@ -249,10 +249,18 @@ def test_resumed_run_equals_an_uninterrupted_one(data_dir, runs_dir, tmp_path, m
         path = f"fold0_{kind}.pt"
         one, two = (models.read_torch_file(run / path) for run in (straight, resumed))
         assert one.keys() == two.keys()
-        for part in ("state_dict", "optimizers", "average"):
+        for part in ("state_dict", "optimizers", "average", "scaler"):
             flat = [tree_flatten(content.get(part))[0] for content in (one, two)]
             for a, b in zip(*flat, strict=True):
                 assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_the_number_of_workers_changes_nothing(data_dir, tmp_path):
+    one, two = (fit(data_dir, tmp_path / n, "--fold", 0, "--workers", n) for n in ("0", "2"))
+    for name in ("oof.csv", "test_predictions.csv"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+    weights = [models.read_torch_file(run / "fold0_best.pt")["state_dict"] for run in (one, two)]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
 @pytest.mark.parametrize("key", ["optimizers", "progress", "state_dict"])
