@@ -218,6 +218,10 @@ def test_turn_and_tint_draws_the_whole_circle_both_ways_and_moves_guides_along()
     assert 0.4 < np.mean(mirrored) < 0.6
     assert min(levels) < 150
     assert max(levels) > 220
+    places = dataset.TurnAndTint(shift=5).draw_places(np.random.default_rng(0), 500, 65)
+    moved = np.abs(places @ [32, 32, 1] - 32)  # the centre, by the shift alone
+    assert (moved.max(axis=0) > 4.5).all()
+    assert moved.max() <= 5
 
 
 # ---------------------------------------------------------------- a data set on a device

@@ -255,6 +255,18 @@ def test_resumed_run_equals_an_uninterrupted_one(data_dir, runs_dir, tmp_path, m
                 assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def test_every_step_draws_from_a_seed_of_its_own(data_dir, tmp_path, monkeypatch):
+    loss_on, seeds = train.Trainer.loss_on, []
+
+    def record(self, batch, share):
+        seeds.append(torch.initial_seed())
+        return loss_on(self, batch, share)
+
+    monkeypatch.setattr(train.Trainer, "loss_on", record)
+    fit(data_dir, tmp_path, "--epochs", 2, "--batch_size", 5)
+    assert len(seeds) == len(set(seeds)) >= 2 * 2 * 3
+
+
 def test_the_number_of_workers_changes_nothing(data_dir, tmp_path):
     one, two = (fit(data_dir, tmp_path / n, "--fold", 0, "--workers", n) for n in ("0", "2"))
     for name in ("oof.csv", "test_predictions.csv"):
