@@ -32,7 +32,7 @@ for name, examples in (("short", 20), ("long", 1000)):
 settings.load_profile("short")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """A second thread gains such small networks nothing, and on a busy machine loses a lot."""
     torch.set_num_threads(1)
