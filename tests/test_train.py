@@ -468,6 +468,11 @@ def test_gates_of_held_out_step_on_batches_of_their_own(data_dir, tmp_path, monk
     assert not weights & gates
 
 
+def test_the_gates_batches_go_on_where_they_were():
+    batches = train.repeated(lambda start: [0, 1, 2][start:], start=4)
+    assert [next(batches) for _ in range(7)] == [1, 2, 0, 1, 2, 0, 1]
+
+
 def test_too_few_images_for_held_out_gates_are_named():
     rows, target = np.arange(8), np.array([0, 0, 0, 0, 0, 0, 0, 1])
     for chosen in (rows, rows[:3]):
