@@ -315,6 +315,14 @@ def test_a_signal_lets_the_step_end_and_saves(data_dir, tmp_path, monkeypatch, n
     assert not list((tmp_path / "resnet").glob("*.tmp"))
 
 
+def test_a_second_signal_acts_at_once():
+    with train.Watch() as watch:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert watch.due
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_signal_that_ends_loader_processes_too_loses_the_epoch_alone(
     data_dir, tmp_path, monkeypatch
 ):
@@ -543,6 +551,16 @@ def test_mixup_and_smoothing_mix_what_belongs_together(data_dir):
     trainer.compute_loss = lambda image, meta, target: seen.append(target) or torch.zeros(())
     trainer.loss_on(make_batch(), 1.0)()
     assert torch.allclose(seen[0], torch.tensor([0.1, 0.9] * 3))
+
+
+def test_positives_weigh_in_the_loss(data_dir):
+    batch, losses = make_batch(), []
+    for weight in (1, 3):
+        trainer = make_trainer(data_dir, "--pos_weight", weight, "--loss", "bce")
+        losses.append([trainer.loss_on([*batch[:2], label], 1.0)().item()
+                       for label in (torch.ones(6), torch.zeros(6))])  # fmt: skip
+    assert losses[1][0] == pytest.approx(3 * losses[0][0], rel=1e-5)
+    assert losses[1][1] == pytest.approx(losses[0][1], rel=1e-5)
 
 
 def test_clipping_holds_the_norm(data_dir):
