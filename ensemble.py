@@ -277,10 +277,10 @@ def main(args: argparse.Namespace) -> Path:
     runs = find_runs(args.runs, args.runs_dir, args.name)
     names = [run.name for run in runs]
     keys, prob, test_keys, test_prob = read_runs(runs)
-    member_data = util.read_config(runs[0])["args"]["data_dir"]
-    data = util.read_data(args.data_dir or Path(member_data))
+    member = util.read_config(runs[0])
+    data = util.read_data(args.data_dir or Path(member["args"]["data_dir"]))
     check_ids(keys, data.train, data)
-    if util.read_config(runs[0])["data"]["folds_sha256"] != util.folds_sha256(data.train):
+    if member["data"]["folds_sha256"] != util.folds_sha256(data.train):
         raise InputError(f"the runs were trained on other folds than {data.directory} has; pass "
                          "their --data_dir or train again")  # fmt: skip
     target, fold = keys[TARGET].to_numpy(), keys[FOLD].to_numpy()
