@@ -579,7 +579,12 @@ class Watch:
 
     def stop(self, where: str) -> util.Stopped:
         """The exception that says so."""
-        why = f"--max_hours {self.hours:g} are over" if self.signal is None else self.signal.name
+        if self.signal is not None:
+            why = self.signal.name
+        elif self.hours is not None:
+            why = f"--max_hours {self.hours:g} are over"
+        else:
+            why = "another process was told to stop"
         message = f"{why}: stopped in {where}; the same command with --resume goes on"
         return util.Stopped(message, 3 if self.signal is None else 128 + self.signal)
 
@@ -587,9 +592,11 @@ class Watch:
 def repeated(loader_from: Callable, start: int) -> Iterator:
     """The batches of a loader over and over, from any; loader_from: number of the first batch ->
     loader."""
-    yield from loader_from(start=start % len(loader_from(start=0)))
+    whole = loader_from(start=0)
+    if start:
+        yield from loader_from(start=start % len(whole))
     while True:
-        yield from loader_from(start=0)
+        yield from whole
 
 
 class Trainer:

@@ -315,6 +315,12 @@ def test_a_signal_lets_the_step_end_and_saves(data_dir, tmp_path, monkeypatch, n
     assert not list((tmp_path / "resnet").glob("*.tmp"))
 
 
+def test_a_process_may_stop_for_another():
+    stopped = train.Watch().stop("fold 0")
+    assert str(stopped).startswith("another process was told to stop: stopped in fold 0; the same")
+    assert stopped.status == 3
+
+
 def test_a_second_signal_acts_at_once():
     with train.Watch() as watch:
         os.kill(os.getpid(), signal.SIGINT)
