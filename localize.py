@@ -1,32 +1,40 @@
-"""Where to look: maps, from maps to boxes, from boxes to pictures.
+"""Where to look: maps, from maps to boxes, and the Finder that does both for training images and new ones alike.
 
-A map (h, w) covers the centre square of an original image; a box lies in the original's pixels.
-Maps come from anything with attention(image, views) -> (N, h, w), positive, summing to 1: a
-ChipNet, a Saliency (no labels), a GradCam (any trained network), or a Product of them.
+A map (h, w) covers the centre square of an original image; a box lies in the original's pixels. Maps come from
+anything with attention(image, views) -> (N, h, w), positive, summing to 1: a ChipNet, a Saliency (no labels), a
+GradCam (any trained network), or a Product of them. A new source of maps is a row of SOURCES.
 
     box = find_box(attention, image_size=(width, height))
 
 References:
     C. Careaga, attention_guided_cropping (2020): the rule "original".
-    Zhu et al., Saliency Optimization from Robust Background Detection, CVPR 2014: what is cut
-    off by the frame is rarely the subject.
-    Zhang et al., Rethinking the Route Towards Weakly Supervised Object Localization, CVPR 2020:
-    training a localiser on its own pseudo labels.
-    Selvaraju et al., Grad-CAM, ICCV 2017; Zhou et al., Learning Deep Features for Discriminative
-    Localization, CVPR 2016: the closed form.
+    Zhu et al., Saliency Optimization from Robust Background Detection, CVPR 2014: what is cut off by the frame is
+    rarely the subject.
+    Zhang et al., Rethinking the Route Towards Weakly Supervised Object Localization, CVPR 2020: training a localiser
+    on its own pseudo labels.
+    Selvaraju et al., Grad-CAM, ICCV 2017; Zhou et al., Learning Deep Features for Discriminative Localization, CVPR
+    2016: the closed form.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from models import autocast, load_checkpoint, mean_over_views
+from plumbing.data import MetaEncoder
+from plumbing.files import check_hashes
+from plumbing.images import centre_square
+from util import InputError
 
 # map -> box. Tuned on two folds of real dermoscopy images, reported on the third.
 GRID = 224  # side of the raster on which maps are thresholded; boxes scale with the original
@@ -48,10 +56,6 @@ FIT_IMAGES, FIT_PIXELS = 256, 256  # images to learn from, and pixels of each
 FIT_C = 1e-4  # inverse strength of its L2 penalty
 
 
-class SourceError(ValueError):
-    """Images or a network of which no map can be made; its text says what to pass instead."""
-
-
 @dataclass(frozen=True)
 class Box:
     """A square in pixels of the original, half-open; reason says why it is the full square."""
@@ -68,9 +72,10 @@ class Box:
         """Side in pixels of the original."""
         return self.x1 - self.x0
 
-    def scaled(self, factor: float) -> tuple[float, float, float, float]:
-        """Corners in an image that is `factor` times the original's size."""
-        return tuple(factor * edge for edge in (self.x0, self.y0, self.x1, self.y1))
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1."""
+        return self.x0, self.y0, self.x1, self.y1
 
 
 # ---------------------------------------------------------------- maps
@@ -112,8 +117,8 @@ def hooked(backbone: nn.Module, names: list[str], record: Callable) -> Iterator[
 def find_stages(network: nn.Module, image: torch.Tensor) -> dict[int, str]:
     """Names of the modules of network.backbone that end a stage, by their stride.
 
-    Of all modules with an output (N, C, S / stride, S / stride), the least nested and of those
-    the last: the output of a stage, not of a layer inside one of its blocks.
+    Of all modules with an output (N, C, S / stride, S / stride), the least nested and of those the last: the output of
+    a stage, not of a layer inside one of its blocks.
     """
     found: dict[int, tuple[int, str]] = {}
 
@@ -147,23 +152,11 @@ def run_backbone(network: nn.Module, names: list[str], forward: Callable) -> tup
     return result, [outputs[name] for name in names]
 
 
-def mean_over_views(attend: Callable, image: torch.Tensor, views: int) -> torch.Tensor:
-    """attend(image) -> (N, h, w) averaged over flips and transposition, as models.dihedral."""
-    maps = []
-    for view in range(views):
-        flips = [dim for dim, bit in ((-1, 1), (-2, 2)) if view & bit]
-        turned = image.flip(flips)
-        attention = attend(turned.transpose(-1, -2) if view & 4 else turned)
-        attention = attention.transpose(-1, -2) if view & 4 else attention
-        maps.append(attention.flip(flips))
-    return torch.stack(maps).mean(dim=0)
-
-
 class Saliency:
     """What differs from the background, told by the features of a network that knows no lesion.
 
-    A linear score on multi-scale features, their contrast to the border of the picture, and the
-    Mahalanobis distance of the colour from the border's. Without a score it is that distance.
+    A linear score on multi-scale features, their contrast to the border of the picture, and the Mahalanobis distance of
+    the colour from the border's. Without a score it is that distance.
     """
 
     def __init__(self, network: nn.Module, weight: torch.Tensor | None = None, bias: float = 0.0):
@@ -175,12 +168,10 @@ class Saliency:
         if self._stages is None:
             found = find_stages(self.network, image)
             if not set(SALIENCY_STRIDES) <= found.keys():
-                raise SourceError("saliency needs a convolutional backbone such as resnet50")
+                raise InputError("saliency needs a convolutional backbone such as resnet50")
             self._stages = [found[stride] for stride in SALIENCY_STRIDES]
         network = self.network
-        _, stages = run_backbone(
-            network, self._stages, lambda: network.backbone(network.normalise(image))
-        )
+        _, stages = run_backbone(network, self._stages, lambda: network.backbone(network.normalise(image)))
         grid = stages[0].shape[-1]
         color = F.adaptive_avg_pool2d(image.float() / 255, grid)
         color = F.avg_pool2d(F.pad(color, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -207,26 +198,11 @@ class Saliency:
         return torch.cat([mean_over_views(attend, part, views) for part in parts])
 
 
-def read_saliencies(path: Path, network: nn.Module, content: dict) -> dict[int, Saliency]:
-    """A Saliency by fold from a checkpoint's network and content; raises SourceError where it
-    holds none."""
-    parts, found = content.get("saliency"), {}
-    for fold, part in parts.items() if isinstance(parts, dict) else ():
-        good = isinstance(part, dict) and isinstance(part.get("bias"), float)
-        weight = part.get("weight") if good else None
-        if not (str(fold).isdecimal() and isinstance(weight, torch.Tensor) and weight.ndim == 1):
-            raise SourceError(f"{path}: the saliency of fold {fold!r} is broken; crop again")
-        found[int(fold)] = Saliency(network, weight, part["bias"])
-    if not found:
-        raise SourceError(f"{path} holds no saliency; crop again")
-    return found
-
-
 def background_distance(color: torch.Tensor, border: torch.Tensor) -> torch.Tensor:
     """Mahalanobis distance (N, n, n) of colours (N, 3, n, n) in 0..1 from those of the border.
 
-    The border's colours are described without the 30 % farthest from their median (hair, ruler,
-    a lesion that reaches it), with a floor of 1.4 % of the range on their spread.
+    The border's colours are described without the 30 % farthest from their median (hair, ruler, a lesion that reaches
+    it), with a floor of 1.4 % of the range on their spread.
     """
     sample = color[:, :, border].transpose(1, 2)  # (N, P, 3)
     away = (sample - sample.median(dim=1, keepdim=True).values).square().sum(dim=2)
@@ -241,14 +217,11 @@ def background_distance(color: torch.Tensor, border: torch.Tensor) -> torch.Tens
     return (offset.flatten(2) * solved).sum(dim=1).clamp_min(0).sqrt().view_as(color[:, 0])
 
 
-def fit_saliency(
-    network: nn.Module, array: np.ndarray, rows: np.ndarray, device, seed: int = 0
-) -> Saliency:
+def fit_saliency(network: nn.Module, array: np.ndarray, rows: np.ndarray, device, seed: int = 0) -> Saliency:
     """Learn a Saliency from some rows of images (N, S, S, 3) uint8 alone, no labels.
 
-    Pseudo labels are the blobs that stand out from the border's colours; a logistic regression
-    on the features keeps what these blobs have in common over all images. Raises SourceError where
-    there are none.
+    Pseudo labels are the blobs that stand out from the border's colours; a logistic regression on the features keeps
+    what these blobs have in common over all images. Raises InputError where there are none.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -262,15 +235,15 @@ def fit_saliency(
             features = contrast.features(image)[0].cpu().numpy()  # (D, n, n)
             distance = np.expm1(features[-1])
             blobs = pick_blobs(distance, otsu(distance))
-            pixels = rng.choice(blobs.size, FIT_PIXELS, replace=False)
+            pixels = rng.choice(blobs.size, min(FIT_PIXELS, blobs.size), replace=False)
             if inputs is None:  # a large network's take a gigabyte: there is one copy, no more
-                inputs = np.empty((len(chosen) * FIT_PIXELS, len(features)), np.float32)
-            part = slice(place * FIT_PIXELS, (place + 1) * FIT_PIXELS)
+                inputs = np.empty((len(chosen) * len(pixels), len(features)), np.float32)
+            part = slice(place * len(pixels), (place + 1) * len(pixels))
             inputs[part] = features.reshape(len(features), -1)[:, pixels].T
             labels.append(blobs.ravel()[pixels])
     labels = np.concatenate(labels)
     if labels.min() == labels.max():
-        raise SourceError("saliency finds nothing that differs from the images' borders; pass "
+        raise InputError("saliency finds nothing that differs from the images' borders; pass "
                           "another --source")  # fmt: skip
     scaler = StandardScaler(copy=False).fit(inputs)
     fit = LogisticRegression(C=FIT_C, max_iter=200)
@@ -283,12 +256,13 @@ def fit_saliency(
 class GradCam:
     """Where a trained network finds evidence, for either class: |Grad-CAM - its median|.
 
-    Grad-CAM of the logit on the last feature map, its sign kept. Where the head is pooling and
-    one linear layer it is computed in closed form, without a backward pass.
+    Grad-CAM of the logit on the last feature map, its sign kept. Where the head is pooling and one linear layer it is
+    computed in closed form, without a backward pass.
     """
 
-    def __init__(self, network: nn.Module):
-        self.network = network
+    def __init__(self, network: nn.Module, meta: np.ndarray | None = None):
+        self.network = network  # meta: encoded metadata (1, M) that counts as missing everywhere
+        self.meta = torch.zeros(1, 0) if meta is None else torch.from_numpy(meta)
         self._stage: str | None = None
 
     def cam(self, image: torch.Tensor) -> torch.Tensor:
@@ -297,14 +271,10 @@ class GradCam:
         if self._stage is None:
             found = find_stages(network, image)
             if len(found) < 2:  # a transformer has its patches only
-                raise SourceError("Grad-CAM needs a convolutional backbone such as resnet50")
+                raise InputError("Grad-CAM needs a convolutional backbone such as resnet50")
             self._stage = found[max(found)]
-        pooled, (maps,) = run_backbone(
-            network, [self._stage], lambda: network.backbone(network.normalise(image))
-        )
-        if maps.shape[1] == pooled.shape[1] and torch.allclose(
-            maps.mean(dim=(2, 3)), pooled, rtol=1e-3, atol=1e-5
-        ):
+        pooled, (maps,) = run_backbone(network, [self._stage], lambda: network.backbone(network.normalise(image)))
+        if maps.shape[1] == pooled.shape[1] and torch.allclose(maps.mean(dim=(2, 3)), pooled, rtol=1e-3, atol=1e-5):
             weight = network.head[-1].weight[0, : maps.shape[1]]
             return torch.einsum("nchw,c->nhw", maps, weight) / maps[0, 0].numel()
         return self.cam_by_gradient(image)
@@ -312,7 +282,7 @@ class GradCam:
     def cam_by_gradient(self, image: torch.Tensor) -> torch.Tensor:
         """The same by back-propagation, for any head."""
         network = self.network
-        meta = torch.zeros(len(image), network.meta_dim, device=image.device)
+        meta = self.meta.to(image.device).expand(len(image), -1)
         with torch.enable_grad():
             logit, (maps,) = run_backbone(network, [self._stage], lambda: network(image, meta))
             (gradient,) = torch.autograd.grad(logit.sum(), maps)
@@ -343,19 +313,24 @@ class Product:
         return normalised((fine[0] * fine[1]).sqrt().squeeze(1))
 
 
-NETWORK_SOURCES = ("attention", "gradcam", "attention*saliency")  # those that need a run
-SOURCES = (*NETWORK_SOURCES, "saliency", "boxes")
+@dataclass(frozen=True)
+class Source:
+    """A way to make maps: make(network, saliency, meta) -> something with attention(image, views).
+
+    needs: what the network of a trained run must have, None if no run is needed; saliency: whether one is learned.
+    """
+
+    make: Callable
+    needs: str | None = None
+    saliency: bool = False
 
 
-def make_source(kind: str, network, saliency: Saliency | None, shifts: int):
-    """The source of maps of that kind, from a trained network and a Saliency where it has them."""
-    if "attention" in kind:
-        network.shifts = shifts
-    if kind == "gradcam":
-        return GradCam(network)
-    if kind == "attention*saliency":
-        return Product(network, saliency)
-    return network if kind == "attention" else saliency
+SOURCES = {
+    "attention*saliency": Source(lambda net, saliency, meta: Product(net, saliency), "attention", saliency=True),
+    "attention": Source(lambda net, saliency, meta: net, "attention"),
+    "gradcam": Source(lambda net, saliency, meta: GradCam(net, meta), "backbone"),
+    "saliency": Source(lambda net, saliency, meta: saliency, saliency=True),
+}
 
 
 def upsample(attention: np.ndarray, size: int = GRID) -> np.ndarray:
@@ -378,7 +353,7 @@ def bounding_square(mask: np.ndarray, pad: float) -> tuple[float, float, float]:
     return (x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) * (1 + 2 * pad)
 
 
-def original_rule(attention: np.ndarray, num_devs: float):
+def original_rule(attention: np.ndarray, num_devs: float = 1.5):
     """The original's square around every pixel above mean + num_devs * std, or a reason."""
     raster = upsample(attention)
     mask = raster > raster.mean() + num_devs * raster.std()
@@ -413,7 +388,7 @@ def pick_blobs(raster: np.ndarray, threshold: float) -> np.ndarray:
     return ((weight >= KEEP * weight.max()) & (weight > 0))[labels]
 
 
-def component_rule(attention: np.ndarray, num_devs: float):
+def component_rule(attention: np.ndarray):
     """Square around the heaviest blobs of the smoothed map, or a reason."""
     if entropy(attention) > FLAT:
         return "flat map"
@@ -446,67 +421,88 @@ def widen(box: Box, factor: float, image_size: tuple[int, int]) -> Box:
 RULES = {"component": component_rule, "original": original_rule}
 
 
-def excess_mass(attention: np.ndarray, box: Box, square: tuple[float, float, float]) -> float:
-    """Share of a map inside a box, less the share of the square (left, top, side) it covers: 0
-    where the map is uniform, near 1 where all of it lies in a small box."""
-    left, top, side = square
+def excess_mass(attention: np.ndarray, box: Box, square: tuple) -> float:
+    """Share of a map inside a box, less the share of the square (x0, y0, x1, y1) it covers: 0 if the map is uniform,
+    near 1 if all of it lies in a small box."""
+    left, top, right, _ = square
     raster = upsample(attention)
-    edges = (np.array(box.scaled(1)) - [left, top, left, top]) * GRID / side
+    edges = (np.array(box.corners) - [left, top, left, top]) * GRID / (right - left)
     x0, y0, x1, y1 = np.clip(np.rint(edges), 0, GRID).astype(int)
     inside = raster[y0:y1, x0:x1]
     return max(float(inside.sum() / raster.sum() - inside.size / raster.size), 0.0)
 
 
 def find_box(
-    attention: np.ndarray,
-    image_size: tuple[int, int],
-    rule: str = "component",
-    num_devs: float = 1.5,
+    attention: np.ndarray, image_size: tuple[int, int], rule: str = "component", num_devs: float | None = None
 ) -> Box:
     """Square to cut from an original of image_size (width, height) px, by its attention (h, w).
 
-    Where the rule finds nothing the box is the whole centre square, with the reason. A box that
-    would leave the image is shifted, never clipped: "original" stays in the centre square, the
-    others may use all of the picture.
+    If the rule finds nothing the box is the whole centre square, with the reason. A box that would leave the image is
+    shifted, never clipped: "original" stays in the centre square, the others may use all of the picture. num_devs: of
+    the rule "original".
     """
-    width, height = image_size
-    short = min(width, height)
-    left, top = (width - short) / 2, (height - short) / 2
+    square = left, top, right, _ = centre_square(*image_size)
+    short = right - left
+    apply = RULES[rule] if num_devs is None else partial(RULES[rule], num_devs=num_devs)
     finite = np.isfinite(attention).all() and attention.sum() > 0
-    found = RULES[rule](attention, num_devs) if finite else "map is not finite"
+    found = apply(attention) if finite else "map is not finite"
     if isinstance(found, str):
-        return Box(left, top, left + short, top + short, found)
+        return Box(*square, found)
     scale = short / GRID
     x, y, side = left + found[0] * scale, top + found[1] * scale, min(found[2] * scale, short)
-    frame = (left, top, left + short, top + short) if rule == "original" else (0, 0, width, height)
-    x0, y0 = fit_in(x, y, side, frame)
+    x0, y0 = fit_in(x, y, side, square if rule == "original" else (0, 0, *image_size))
     box = Box(x0, y0, x0 + side, y0 + side)
-    return replace(box, confidence=excess_mass(attention, box, (left, top, short)))
+    return replace(box, confidence=excess_mass(attention, box, square))
 
 
-# ---------------------------------------------------------------- pictures
-def draw_row(axes, image: np.ndarray, size: tuple[int, int], box: Box | None, attention, crop):
-    """Draw one image on three axes: with its box, its attention, and the crop.
+# ---------------------------------------------------------------- maps and boxes of a crop directory
+@dataclass
+class Finder:
+    """Finds boxes as crop.py does: sources of maps by the fold that was held out from them, and the box rule."""
 
-    image: a picture (H, W, 3) of an original of `size` (width, height); attention (h, w), box and
-    crop may be None.
-    """
-    height, width = image.shape[:2]
-    scale = width / size[0]
-    for axis in axes:
-        axis.set_axis_off()
-    axes[0].imshow(image)
-    axes[1].imshow(image)
-    if box is not None:
-        x0, y0, x1, y1 = box.scaled(scale)
-        corners = [x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0]
-        axes[0].plot(*corners, color="lime", linewidth=1.5, clip_on=False)
-    if attention is not None:
-        short = min(width, height)
-        left, top = (width - short) / 2, (height - short) / 2
-        extent = (left, left + short, top + short, top)
-        axes[1].imshow(upsample(attention), cmap="inferno", alpha=0.6, extent=extent)
-    for axis in axes[:2]:  # neither box nor map may widen the frame
-        axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-    if crop is not None:
-        axes[2].imshow(crop)
+    sources: dict[int, object]
+    rule: str = "component"
+    num_devs: float | None = None
+    views: int = 4
+
+    @classmethod
+    def load(cls, folder: Path, facts: dict, device: torch.device) -> "Finder":
+        """The Finder of a crop directory, from the networks in it; facts: of its crop.json.
+
+        Raises InputError if a network is not the one that was hashed, or if the boxes came from a csv.
+        """
+        if facts["source"] not in SOURCES:
+            raise InputError(f"{folder} was cut by boxes from a csv; new images have none: use other crops")
+        check_hashes(folder, facts["networks"], "crop and train again")
+        saliencies, sources = {}, {}
+        if "saliency.pt" in facts["networks"]:
+            saliencies = load_saliencies(folder / "saliency.pt", device)
+        for k in facts["folds"]:
+            network, meta = None, None
+            if facts["trained"]:
+                network, content = load_checkpoint(folder / f"fold{k}_network.pt", device, fold=True)
+                network.shifts, meta = facts["shifts"], blank_meta(content)
+            sources[k] = SOURCES[facts["source"]].make(network, saliencies.get(k), meta)
+        return cls(sources, facts["rule"], facts["num_devs"], facts["views"])
+
+    def maps(self, array: np.ndarray, device, folds: list[int] | None = None, amp: str = "off", batch_size: int = 16):
+        """Maps (N, h, w) of images (N, S, S, 3) uint8: the mean over the sources of some folds, or of all."""
+        sources = [self.sources[k] for k in folds or self.sources]
+        with autocast(torch.device(device), amp):
+            return attention_maps(sources, array, device, self.views, batch_size)
+
+    def box(self, attention: np.ndarray, image_size: tuple[int, int]) -> Box:
+        """Box of an image of image_size (width, height) by its map (h, w)."""
+        return find_box(attention, image_size, self.rule, self.num_devs)
+
+
+def blank_meta(content: dict) -> np.ndarray:
+    """Metadata (1, M) that is missing everywhere, as the encoder in a checkpoint writes it."""
+    return MetaEncoder(content["encoder"]).encode(pd.DataFrame(index=[0]))
+
+
+def load_saliencies(path: Path, device: torch.device) -> dict[int, Saliency]:
+    """Saliencies by fold from a checkpoint that crop.py wrote."""
+    network, content = load_checkpoint(path, device)
+    parts = content.get("saliency") or {}
+    return {int(k): Saliency(network, part["weight"], part["bias"]) for k, part in parts.items()}

@@ -1,8 +1,8 @@
 """Networks, checkpoints and prediction.
 
-Every network is called as model(image, meta) -> logit (N, 1), with image (N, 3, S, S) either
-uint8 or float in 0..1, and meta (N, M) as dataset.MetaEncoder makes it. A network normalises its
-input itself, knows its parameter groups, and is rebuilt from the spec in its checkpoint.
+Every network is called as model(image, meta) -> logit (N, 1), with image (N, 3, S, S) either uint8 or float in 0..1,
+and meta (N, M) as MetaEncoder makes it. A network normalises its input itself, knows its parameter groups, and is
+rebuilt from the spec in its checkpoint. A new network is a class and a row of MODELS.
 
 References:
     C. Careaga, attention_guided_cropping (2020): MetaResNet and ChipNet, their learning rates.
@@ -10,212 +10,56 @@ References:
 """
 
 import math
-import os
 import re
-import warnings
-import zipfile
-from collections import Counter
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision import models as tv
-from torchvision.models.regnet import BlockParams, RegNet
 
 import fsg
+from plumbing.backbones import load_backbone, make_backbone, read_torch_file
+from plumbing.files import FORMAT, atomic
+from plumbing.speedups import fold_batchnorms, skip_padding
+from util import InputError
 
-CHIP = 32  # pixels; the total stride of the usual backbones, so a chip becomes one embedding
+CHIP = 32  # pixels; the total stride of the usual backbones, so that a chip becomes one embedding
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CHECKPOINT_FORMAT = 1
-SPEC_KINDS = {
-    "model": str, "backbone": str, "image_size": int, "meta_dim": int, "hidden": int,
-    "dropout": float, "gates": (str, type(None)),
-}  # fmt: skip
 
 
-class ModelError(ValueError):
-    """A network or checkpoint that cannot be built or read; its text says what to pass instead."""
+@dataclass(frozen=True)
+class Spec:
+    """All that build_model needs to rebuild a network."""
 
-
-# ---------------------------------------------------------------- backbones
-def regnet_tiny(num_classes: int = 1000) -> RegNet:
-    """A residual network of 0.3 M parameters for CPUs: RegNet of four blocks, no groups."""
-    widths = [16, 32, 64, 128]
-    params = BlockParams(
-        depths=[1, 1, 1, 1],
-        widths=widths,
-        group_widths=widths,
-        bottleneck_multipliers=[1.0] * 4,
-        strides=[2] * 4,
-    )
-    return RegNet(params, num_classes=num_classes, stem_width=widths[0])
-
-
-def vit_tiny(image_size: int = 224, num_classes: int = 1000) -> tv.VisionTransformer:
-    """A vision transformer of 0.5 M parameters for CPUs: 4 blocks of width 96, 16 px patches."""
-    return tv.VisionTransformer(
-        image_size=image_size,
-        patch_size=16,
-        num_layers=4,
-        num_heads=3,
-        hidden_dim=96,
-        mlp_dim=192,
-        num_classes=num_classes,
-    )
-
-
-SMALL_BACKBONES = {"regnet_tiny": regnet_tiny, "vit_tiny": vit_tiny}
-
-
-def torchvision_backbone(name: str, weights: str, image_size: int) -> nn.Module:
-    """A torchvision classification network, or one of our small ones, with its own head."""
-    size = {"image_size": image_size} if name.startswith("vit_") else {}
-    if name in SMALL_BACKBONES:
-        if weights == "imagenet":
-            raise ModelError(f"no ImageNet weights exist for {name}; pass --weights none or a file")
-        return SMALL_BACKBONES[name](**size)
-    known = tv.list_models(module=tv)
-    if name not in known or name.startswith(("inception", "googlenet", "squeezenet")):
-        raise ModelError(
-            f"backbone {name!r} is not supported; take one of {', '.join(SMALL_BACKBONES)}, a "
-            "torchvision classifier such as resnet18, resnet50, efficientnet_b0 or vit_b_16, or "
-            "timm:NAME"
-        )
-    return tv.get_model(name, weights="DEFAULT" if weights == "imagenet" else None, **size)
-
-
-def timm_backbone(name: str, weights: str, image_size: int) -> nn.Module:
-    """A timm network, with its own head."""
-    try:
-        import timm
-    except ImportError:
-        raise ModelError("--backbone timm:NAME needs timm; pip install timm") from None
-    if not timm.is_model(name):
-        raise ModelError(f"timm has no model {name!r}; timm.list_models() names them")
-    size = {"img_size": image_size} if "vit" in name else {}
-    return timm.create_model(name, pretrained=weights == "imagenet", **size)
-
-
-def load_weights(network: nn.Module, head: str, path: Path) -> None:
-    """Load a state_dict, or the backbone of a checkpoint, into a backbone; only the keys of its
-    head may differ."""
-    state = read_torch_file(path)
-    if "spec" in state:  # its gates, if any, become part of the weights
-        state = fsg.fold_gates(load_checkpoint(path)[0].backbone).state_dict()
-    state = state.get("state_dict", state)
-    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
-    if not named or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ModelError(f"{path} holds no tensors by name; save a state_dict with torch.save")
-    own = network.state_dict()
-    body = {key: value for key, value in state.items() if not key.startswith(head + ".")}
-    wrong = [key for key in own if not key.startswith(head + ".") and key not in body]
-    wrong += [key for key in body if key not in own or own[key].shape != body[key].shape]
-    if wrong:
-        raise ModelError(
-            f"{path} does not fit the backbone: {len(wrong)} keys, first {wrong[0]!r}; pass the "
-            "--backbone it was saved from"
-        )
-    network.load_state_dict(body, strict=False)
-
-
-def build_backbone(name: str, weights: str, image_size: int, head: nn.Module) -> nn.Module:
-    """A network by name whose last linear layer is replaced by `head`.
-
-    weights: "imagenet", "none" or the path of a state_dict. Raises ModelError where the name is
-    unknown or the weights cannot be had.
-    """
-    family, _, timm_name = name.rpartition(":")
-    if family not in ("", "timm"):
-        raise ModelError(f"backbone {name!r}: only the prefix 'timm:' is known")
-    make = timm_backbone if family else torchvision_backbone
-    try:
-        network = make(timm_name, weights, image_size)
-    except ModelError:
-        raise
-    except Exception as error:  # downloads fail in as many ways as there are networks
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(
-            f"cannot make {name} with --weights {weights} ({reason}); "
-            "pass --weights none or the path of a weights file"
-        ) from None
-    layers = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)]
-    if not layers:
-        raise ModelError(f"backbone {name} ends in no linear layer; take another")
-    if weights not in ("imagenet", "none"):
-        load_weights(network, layers[-1], Path(weights))
-    network.set_submodule(layers[-1], head)
-    return network
-
-
-# ---------------------------------------------------------------- small maps
-class SmallMapConv2d(nn.Conv2d):
-    """A 3 x 3 convolution, padded by zeros, that skips the zeros on maps of 1 x 1 and 2 x 2.
-
-    There 8/9 and 5/9 of a convolution's products are with padding. What is left is one matrix
-    product over the whole map. The same parameters and function as nn.Conv2d.
-    """
-
-    @classmethod
-    def of(cls, conv: nn.Conv2d) -> "SmallMapConv2d":
-        """The same convolution, sharing its parameters."""
-        new = cls(
-            conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=conv.bias is not None,
-            device="meta",
-        )  # fmt: skip
-        new.weight, new.bias = conv.weight, conv.bias
-        return new.train(conv.training)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (N, C, m, m) -> (N, C', ceil(m / stride), ceil(m / stride))."""
-        n, _, height, width = x.shape
-        if height != width or width > 2:
-            return super().forward(x)
-        # the part of the kernel that lies on the map, for every place of the output
-        places = range(0, width, self.stride[0])
-        kernel = torch.stack([
-            self.weight[:, :, 1 - i : 1 - i + width, 1 - j : 1 - j + width]
-            for i in places for j in places
-        ])  # fmt: skip
-        kernel = kernel.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1)
-        y = x.permute(0, 2, 3, 1).flatten(1) @ kernel.T  # channels_last: both are views
-        y = y.view(n, len(places), len(places), self.out_channels)
-        y = y if self.bias is None else y + self.bias
-        return y.permute(0, 3, 1, 2)
-
-
-def skip_padding(network: nn.Module) -> nn.Module:
-    """Make the 3 x 3 convolutions of a network SmallMapConv2d, in place; others stay."""
-    for name, module in list(network.named_modules()):
-        if (
-            type(module) is nn.Conv2d
-            and module.kernel_size == (3, 3)
-            and module.padding == (1, 1)
-            and module.padding_mode == "zeros"
-            and module.dilation == (1, 1)
-            and module.groups == 1
-            and module.stride in ((1, 1), (2, 2))
-        ):
-            network.set_submodule(name, SmallMapConv2d.of(module))
-    return network
+    model: str  # a name of MODELS
+    backbone: str
+    image_size: int  # pixels
+    meta_dim: int = 0  # metadata columns
+    hidden: int = 256  # width of the metadata branch, or of the attention
+    dropout: float = 0.0
+    gates: str | None = None  # "identity", "paper" or "hard": Feature-Selection Gates in the backbone
 
 
 # ---------------------------------------------------------------- networks
 class Network(nn.Module):
     """What all networks share: a backbone (N, 3, s, s) -> (N, C) and its normalisation."""
 
-    def __init__(self, backbone: str, weights: str, image_size: int, input_size: int):
+    uses_meta = True
+    shift = 0  # pixels by which training moves its images
+
+    def __init__(self, spec: Spec, weights: str, input_size: int | None = None):
         super().__init__()
-        self.backbone = build_backbone(backbone, weights, image_size, nn.Identity())
+        self.backbone, head = make_backbone(spec.backbone, weights, spec.image_size)
+        if weights not in ("imagenet", "none"):
+            load_backbone(self.backbone, head, backbone_state(Path(weights)), Path(weights))
+        self.backbone.set_submodule(head, nn.Identity())
         config = getattr(self.backbone, "pretrained_cfg", {})  # timm says what it was trained on
         mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-        self.features = self._count_features(backbone, input_size)
+        self.features = self._count_features(spec.backbone, input_size or spec.image_size)
 
     @torch.no_grad()
     def _count_features(self, name: str, size: int) -> int:
@@ -223,11 +67,11 @@ class Network(nn.Module):
         try:
             shape = self.backbone(torch.zeros(1, 3, size, size)).shape
         except Exception as error:  # whatever a network says to a size it cannot take
-            raise ModelError(f"backbone {name} cannot take {size} px images ({error})") from None
+            raise InputError(f"backbone {name} cannot take {size} px images ({error}); take another") from None
         finally:
             self.backbone.train()
         if len(shape) != 2:
-            raise ModelError(f"backbone {name} gives {tuple(shape)}, not (N, C); take another")
+            raise InputError(f"backbone {name} gives {tuple(shape)}, not (N, C); take another")
         return shape[1]
 
     def normalise(self, image: torch.Tensor) -> torch.Tensor:
@@ -236,29 +80,27 @@ class Network(nn.Module):
             return image.float().sub_(255 * self.mean).div_(255 * self.std)
         return (image - self.mean) / self.std
 
-    def param_groups(
-        self, lr: float, head_lr: float, layer_decay: float | None = None
-    ) -> list[dict]:
+    def param_groups(self, lr: float, head_lr: float, layer_decay: float | None = None) -> list[dict]:
         """Parameter groups: the backbone at `lr`, everything else but gates at `head_lr`.
 
-        layer_decay: factor on `lr` from each layer of a ViT to the one before; the last group of
-        the backbone comes first. Raises ModelError where the backbone is none.
+        layer_decay: factor on `lr` from each layer of a ViT to the one before; the last group of the backbone comes
+        first. Raises InputError if the backbone is no ViT.
         """
         body = fsg.weight_parameters(self.backbone)
         ids = {id(p) for p in body}
-        rest = [p for p in fsg.weight_parameters(self) if id(p) not in ids]
         groups = [{"params": body, "lr": lr}]
         if layer_decay is not None:
-            layers = layers_of(self.backbone, ids)
-            groups = [
-                {"params": layer, "lr": lr * layer_decay**above}
-                for above, layer in enumerate(reversed(layers))
-            ]
+            layers = reversed(layers_of(self.backbone, ids))
+            groups = [{"params": layer, "lr": lr * layer_decay**above} for above, layer in enumerate(layers)]
+        rest = [p for p in fsg.weight_parameters(self) if id(p) not in ids]
         return [*groups, {"params": rest, "lr": head_lr}]
+
+    def ignore_meta(self, columns: np.ndarray) -> None:
+        """Start the weights of some metadata columns (M,) bool at 0; networks without metadata have none."""
 
 
 def layers_of(backbone: nn.Module, ids: set[int]) -> list[list[nn.Parameter]]:
-    """Parameters (those of some ids) of a ViT by layer: embeddings, blocks, what follows them."""
+    """Parameters of a ViT (those in `ids`) by layer: embeddings, blocks, what follows them."""
     layers: dict[float, list] = {}
     place = 0.0
     for name, parameter in backbone.named_parameters():
@@ -270,39 +112,34 @@ def layers_of(backbone: nn.Module, ids: set[int]) -> list[list[nn.Parameter]]:
         if id(parameter) in ids:
             layers.setdefault(place, []).append(parameter)
     if place == 0:
-        raise ModelError("--layer_decay is for ViTs of torchvision and timm; leave it out")
+        raise InputError("--layer_decay is for ViTs of torchvision and timm; leave it out")
     return [layers[place] for place in sorted(layers)]
 
 
 class MetaResNet(Network):
     """Image features and metadata features, concatenated, one linear head.
 
-    Any backbone serves; without metadata (meta_dim 0) the second branch is absent. With several
-    pictures of a case (whole image and crop) one backbone reads each, and the head reads all.
+    Any backbone serves; without metadata (meta_dim 0) the second branch is absent. With several pictures of a case
+    (whole image and crop) one backbone reads each, and the head reads all.
     """
 
-    def __init__(
-        self,
-        backbone: str,
-        weights: str,
-        image_size: int,
-        meta_dim: int,
-        meta_hidden: int,
-        dropout: float,
-        pictures: int = 1,
-    ):
-        super().__init__(backbone, weights, image_size, input_size=image_size)
-        self.meta_dim, self.pictures = meta_dim, pictures
-        self.meta_branch = None
-        if meta_dim:
+    def __init__(self, spec: Spec, weights: str = "none"):
+        super().__init__(spec, weights)
+        self.meta_dim, self.pictures = spec.meta_dim, len(MODELS[spec.model].inputs)
+        self.meta_branch, hidden = None, spec.hidden
+        if spec.meta_dim:
             self.meta_branch = nn.Sequential(
-                nn.Linear(meta_dim, meta_hidden),
-                nn.ReLU(inplace=True),
-                nn.Linear(meta_hidden, meta_hidden),
-                nn.ReLU(inplace=True),
-            )
-        width = self.features * pictures + (meta_hidden if meta_dim else 0)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, 1))
+                nn.Linear(spec.meta_dim, hidden), nn.ReLU(inplace=True), nn.BatchNorm1d(hidden),
+                nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.BatchNorm1d(hidden),
+            )  # fmt: skip
+        width = self.features * self.pictures + (hidden if spec.meta_dim else 0)
+        self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(width, 1))
+
+    @torch.no_grad()
+    def ignore_meta(self, columns: np.ndarray) -> None:
+        """Start the weights of some metadata columns (M,) bool at 0."""
+        if self.meta_branch is not None:
+            self.meta_branch[0].weight[:, torch.from_numpy(columns)] = 0
 
     def forward(self, image: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
         """image (N, 3 * pictures, S, S), meta (N, M) -> logit (N, 1)."""
@@ -322,27 +159,29 @@ def spatial_softmax(score: torch.Tensor) -> torch.Tensor:
 class ChipNet(Network):
     """Attention over chips that cannot see each other: says where the evidence lies.
 
-    Chips of 32 px go through the backbone one by one; two 3x3 convolutions over their grid of
-    embeddings and a softmax weigh them; the weighted sum is classified. Metadata is not used.
+    Chips of 32 px go through the backbone one by one; two 3x3 convolutions over their grid of embeddings and a softmax
+    weigh them; the weighted sum is classified. Metadata is not used.
     """
 
+    uses_meta = False
+    chip, shift = CHIP, CHIP // 2  # training moves images by as much as crop.py shifts the chips
     shifts = 1  # 2: attention of chips that overlap by half, on a grid twice as fine
 
-    def __init__(
-        self, backbone: str, weights: str, image_size: int, attention_hidden: int, dropout: float
-    ):
-        if image_size % CHIP:
-            raise ModelError(f"ChipNet needs a multiple of {CHIP} px, not {image_size}")
-        super().__init__(backbone, weights, image_size, input_size=CHIP)
+    def __init__(self, spec: Spec, weights: str = "none"):
+        if spec.image_size % CHIP:
+            raise InputError(f"ChipNet needs images of a multiple of {CHIP} px, not {spec.image_size}; preprocess again")
+        super().__init__(spec, weights, input_size=CHIP)
         skip_padding(self.backbone)  # a chip ends as a map of one pixel
         self.scorer = nn.Sequential(
-            nn.Dropout2d(dropout),
-            nn.Conv2d(self.features, attention_hidden, 3, padding=1),
+            nn.Dropout2d(spec.dropout),
+            nn.Conv2d(self.features, spec.hidden, 3, padding=1),
             nn.ReLU(inplace=True),
-            nn.BatchNorm2d(attention_hidden),
-            nn.Conv2d(attention_hidden, 1, 3, padding=1),
+            nn.BatchNorm2d(spec.hidden),
+            nn.Conv2d(spec.hidden, 1, 3, padding=1),
         )
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(self.features, 1))
+        self.head = nn.Sequential(
+            nn.Dropout(spec.dropout), nn.ReLU(), nn.BatchNorm1d(self.features), nn.Linear(self.features, 1)
+        )
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """image (N, 3, S, S) -> one embedding per chip (N, C, h, w) with h = w = S / 32."""
@@ -360,8 +199,8 @@ class ChipNet(Network):
     def fine_attention(self, image: torch.Tensor) -> torch.Tensor:
         """image (N, 3, S, S) -> attention (N, 2h, 2w) of chips that overlap by half.
 
-        The chips of four grids, shifted by half a chip, lie centred on 8 + 16 i pixels; their
-        scores are interleaved before one softmax.
+        The chips of four grids, shifted by half a chip, lie centred on 8 + 16 i pixels; their scores are interleaved
+        before one softmax.
         """
         half = CHIP // 2
         image = image.float() / 255 if image.dtype == torch.uint8 else image
@@ -376,15 +215,10 @@ class ChipNet(Network):
         return spatial_softmax(torch.stack(rows, dim=2).flatten(1, 2))
 
     def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
-        """Attention averaged over the first `views` symmetries of the square, positive, sums to 1:
-        (N, h, w), or (N, 2h, 2w) with self.shifts 2."""
-        maps = []
-        for view in range(views):
-            turned = dihedral(image, view)
-            fine = self.shifts == 2
-            attention = self.fine_attention(turned) if fine else self.weigh(self.embed(turned))
-            maps.append(dihedral(attention, view, inverse=True))
-        return torch.stack(maps).mean(dim=0)
+        """Attention averaged over the first `views` symmetries of the square, positive, sums to 1: (N, h, w), or
+        (N, 2h, 2w) with self.shifts 2."""
+        attend = self.fine_attention if self.shifts == 2 else lambda turned: self.weigh(self.embed(turned))
+        return mean_over_views(attend, image, views)
 
     def forward(self, image: torch.Tensor, meta: torch.Tensor, with_attention: bool = False):
         """image (N, 3, S, S) -> logit (N, 1), and on demand the attention (N, h, w) behind it."""
@@ -399,170 +233,82 @@ class Recipe:
     """How a name of --model is built and, unless flags say otherwise, trained."""
 
     network: type[Network]
-    backbone: str
-    lr: float  # of the backbone
-    head_lr: float  # of everything else
-    hidden: int  # width of the metadata branch or of the attention
+    backbone: str = "resnet50"
+    lr: float = 1e-5  # of the backbone
+    head_lr: float = 5e-5  # of everything else
+    hidden: int = 256  # width of the metadata branch or of the attention
     gated: bool = False
     inputs: tuple[str, ...] = ("whole",)  # pictures it sees: the whole image, the crop of crop.py
 
 
 MODELS = {
-    "resnet": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256),
-    "chipnet": Recipe(ChipNet, "resnet50", 5e-5, 1e-4, 512),
-    "cropnet": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256, inputs=("crop",)),
-    "fusion": Recipe(MetaResNet, "resnet50", 1e-5, 5e-5, 256, inputs=("whole", "crop")),
-    "fsg_vit": Recipe(MetaResNet, "vit_b_16", 1e-5, 5e-5, 256, gated=True),
+    "resnet": Recipe(MetaResNet),
+    "chipnet": Recipe(ChipNet, lr=5e-5, head_lr=1e-4, hidden=512),
+    "cropnet": Recipe(MetaResNet, inputs=("crop",)),
+    "fusion": Recipe(MetaResNet, inputs=("whole", "crop")),
+    "fsg_vit": Recipe(MetaResNet, backbone="vit_b_16", gated=True),
 }
 
 
-def build_model(spec: dict, weights: str = "none") -> Network:
-    """Build a network from its spec: model, backbone, image_size, meta_dim, hidden, dropout, gates.
+def build_model(spec: Spec, weights: str = "none") -> Network:
+    """Build a network from its spec; weights: "imagenet", "none", or a file of backbone weights.
 
-    Raises ModelError where the parts do not fit together.
+    Raises InputError if the parts do not fit together.
     """
-    recipe = MODELS[spec["model"]]
-    make = partial(recipe.network, spec["backbone"], weights, spec["image_size"])
-    if recipe.network is ChipNet:
-        model = make(attention_hidden=spec["hidden"], dropout=spec["dropout"])
-    else:
-        model = make(
-            spec["meta_dim"],
-            meta_hidden=spec["hidden"],
-            dropout=spec["dropout"],
-            pictures=len(recipe.inputs),
-        )
-    if spec["gates"] is not None:
+    model = MODELS[spec.model].network(spec, weights)
+    if spec.gates is not None:
+        hard = spec.gates == "hard"
         try:
-            hard = spec["gates"] == "hard"
-            fsg.add_gates(model.backbone, init="identity" if hard else spec["gates"], hard=hard)
+            fsg.add_gates(model.backbone, init="identity" if hard else spec.gates, hard=hard)
         except ValueError as error:
-            raise ModelError(str(error)) from None
+            raise InputError(f"--fsg: {error}") from None
     return model.to(memory_format=torch.channels_last)  # faster convolutions, the same function
 
 
 # ---------------------------------------------------------------- checkpoints
-def unpacked_bytes(path: Path) -> int:
-    """Bytes that the members of a zip file unpack to; 0 of another file."""
-    if not zipfile.is_zipfile(path):
-        return 0
-    with zipfile.ZipFile(path) as file:
-        return sum(member.file_size for member in file.infolist())
-
-
-def read_torch_file(path: Path) -> dict:
-    """Read a file of plain types and tensors; nothing in it is ever executed."""
-    try:
-        if unpacked_bytes(path) > os.path.getsize(path):  # torch.save does not compress
-            raise ValueError(f"{path} would unpack to more than it is")
-        with warnings.catch_warnings(action="ignore"):  # of files that torch did not write
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing; check its name, or train first") from None
-    except Exception:  # torch raises as many types as there are ways to break a file
-        raise ModelError(
-            f"{path} is not a file of plain weights, or is cut off; save a state_dict with "
-            "torch.save, or copy the file again"
-        ) from None
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ModelError(f"{path} holds a {kind}; save weights by name, a state_dict")
-    return content
-
-
-def save_checkpoint(path: Path, model: Network, spec: dict, **extra) -> None:
+def save_checkpoint(path: Path, model: Network, spec: Spec, **extra) -> None:
     """Save a network with its spec and further plain values; `path` is replaced when complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    content = {"format": CHECKPOINT_FORMAT, "spec": spec, "state_dict": model.state_dict(), **extra}
+    save_plain(path, spec=asdict(spec), state_dict=model.state_dict(), **extra)
+
+
+def save_plain(path: Path, **content) -> None:
+    """Save plain values and tensors by name; `path` is replaced when complete."""
     try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
+        with atomic(path) as temporary:
+            torch.save({"format": FORMAT, **content}, temporary)
     except RuntimeError as error:  # torch's word for a full disk too
-        raise ModelError(f"{path} cannot be written; is the disk full? ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written; is the disk full? ({error})") from None
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[Network, dict]:
+def load_checkpoint(path: Path, device: torch.device | str = "cpu", fold: bool = False) -> tuple[Network, dict]:
     """Rebuild a network from its checkpoint: (model in eval mode, everything saved with it).
 
-    Raises ModelError where the file is no checkpoint of this project.
+    fold: for prediction only; multiplies gates and batch norms into the layers before them. Raises InputError if the
+    file is no checkpoint of this project.
     """
     content = read_torch_file(path)
-    found, spec = content.get("format"), content.get("spec")
-    if not isinstance(found, int):
-        raise ModelError(f"{path} is no checkpoint of train.py; pass one, or train again")
-    if found != CHECKPOINT_FORMAT:
-        raise ModelError(
-            f"{path} has checkpoint format {found} and this version reads {CHECKPOINT_FORMAT}; "
-            "train again, or use the version that wrote it"
+    if content.get("format") != FORMAT:
+        found = content.get("format")
+        raise InputError(
+            f"{path} has checkpoint format {found}, not {FORMAT}: other weights, or another version's; train again"
         )
     try:
-        known = isinstance(spec, dict) and spec.get("model") in MODELS
-        if not known or not all(isinstance(spec[key], kind) for key, kind in SPEC_KINDS.items()):
-            raise ValueError(f"its spec is {spec}")
-        model = build_model(spec)
+        model = build_model(Spec(**content["spec"]))
         model.load_state_dict(content["state_dict"])
     except Exception as error:  # whatever a foreign spec or state leads to
-        reason = repr(" ".join(str(error).split())[:200])  # names of a foreign state hold anything
-        raise ModelError(
-            f"{path} does not fit its own spec ({reason}); copy it again or train again"
-        ) from None
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise ModelError(f"{path} holds weights that are NaN or infinite; train again")
-    return model.to(device).eval(), content
+        raise InputError(f"{path} does not fit its own spec ({str(error)[:200]!r}); copy or train it again") from None
+    model.eval()
+    if fold:
+        model.backbone = fold_batchnorms(fsg.fold_gates(model.backbone))
+    return model.to(device), content
 
 
-def fold_batchnorms(network: nn.Module) -> nn.Module:
-    """Multiply every batch norm of an eval network into the convolution before it, in place.
-
-    The same function in fewer passes over memory. What torch.fx cannot trace stays as it is.
-    """
-
-    class Tracer(torch.fx.Tracer):
-        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-            return isinstance(module, nn.Conv2d) or super().is_leaf_module(module, name)
-
-    modules = dict(network.named_modules())
-    try:
-        nodes = [node for node in Tracer().trace(network).nodes if node.op == "call_module"]
-    except Exception:  # fx raises whatever a network does with what is no tensor
-        return network
-    calls = Counter(node.target for node in nodes)
-    for node in nodes:
-        norm, before = modules[node.target], node.args[0]
-        if type(norm) is not nn.BatchNorm2d or before.op != "call_module":
-            continue
-        conv = modules[before.target]
-        alone = len(before.users) == calls[node.target] == calls[before.target] == 1
-        if alone and isinstance(conv, nn.Conv2d):
-            network.set_submodule(before.target, fuse_conv_bn_eval(conv, norm))
-            network.set_submodule(node.target, nn.Identity())
-    return network
-
-
-def load_for_prediction(path: Path, device: torch.device | str = "cpu") -> tuple[Network, dict]:
-    """load_checkpoint, with gates and batch norms multiplied into the layers before them."""
-    network, content = load_checkpoint(path, device)
-    network.backbone = fold_batchnorms(fsg.fold_gates(network.backbone))
-    return network, content
-
-
-def load_fold(run_dir: Path, fold: int, spec: dict, device: torch.device | str) -> tuple:
-    """load_for_prediction of a run's fold; spec: of the run, in its config.json.
-
-    Raises ModelError where the file is of another fold, which may have seen what this one held
-    out, or of another network.
-    """
-    path = run_dir / f"fold{fold}_best.pt"
-    network, content = load_for_prediction(path, device)
-    own = content["spec"]
-    same = all(own[key] == spec.get(key) for key in SPEC_KINDS if key != "meta_dim")
-    if content.get("fold") != fold or not same:
-        raise ModelError(
-            f"{path} is of another run or fold; put the right file in its place or train again"
-        )
-    return network, content
+def backbone_state(path: Path) -> dict:
+    """The state_dict of a file's backbone: a plain one as it is, of a checkpoint with its gates folded in."""
+    content = read_torch_file(path)
+    if "spec" not in content:
+        return content
+    return fsg.fold_gates(load_checkpoint(path)[0].backbone).state_dict()
 
 
 # ---------------------------------------------------------------- prediction
@@ -580,17 +326,10 @@ def dihedral(x: torch.Tensor, view: int, inverse: bool = False) -> torch.Tensor:
     return x
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" takes CUDA, then Apple's MPS, then the CPU."""
-    if name == "auto":
-        found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()]
-        name = found[0] if found else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"--device {name} cannot be used ({reason}); pass cpu") from None
-    return torch.device(name)
+def mean_over_views(attend, image: torch.Tensor, views: int) -> torch.Tensor:
+    """attend(image) -> (N, h, w), averaged over the first `views` symmetries of the square."""
+    maps = [dihedral(attend(dihedral(image, view)), view, inverse=True) for view in range(views)]
+    return torch.stack(maps).mean(dim=0)
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
@@ -600,14 +339,20 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 @torch.inference_mode()
-def predict(model: Network, loader, device: torch.device, tta: int = 1, amp: str = "off"):
-    """Probability of every image of a loader, averaged over `tta` symmetries: float64 (N,)."""
+def predict(model: Network, loader, device: torch.device, tta: int = 1, amp: str = "off") -> np.ndarray:
+    """Probability of every image of a loader, averaged over `tta` symmetries: float64 (N,).
+
+    Raises InputError if one is not finite.
+    """
     model.eval()
-    probs = []
-    for image, meta, _ in loader:
+    probs = [np.empty(0)]
+    for image, meta, *_ in loader:
         image, meta = image.to(device), meta.to(device)
         with autocast(device, amp):
             views = [model(dihedral(image, view), meta) for view in range(tta)]
         logit = torch.stack(views).float().cpu().double()  # MPS knows no double
         probs.append(logit.sigmoid().mean(dim=0).squeeze(1).numpy())
-    return np.concatenate(probs)
+    prob = np.concatenate(probs)
+    if not np.isfinite(prob).all():
+        raise InputError("a prediction is not a number: the network overflows; pass --amp off, or train with a lower --lr")
+    return prob

@@ -1,21 +1,20 @@
-"""Turn a csv and a folder of images into memory-mapped arrays and tables with frozen folds.
+"""Turn images and a csv into arrays, tables and folds that all later stages share.
 
-Reads   --train_csv, --test_csv, sample_submission.csv beside them, and --image_dir (never written)
-Writes  --output_dir: {train,test}_224.npy, train.csv (with fold), test.csv, preprocess.json
+Reads   --train_csv, --test_csv, --extra_csv, sample_submission.csv beside them, and the images (never written)
+Writes  --output_dir/: {train,test}_224.npy, train.csv (with fold), test.csv, preprocess.json
 
     python preprocess.py
     python preprocess.py --train_csv my/labels.csv --image_col file --group_col patient
 
-The array holds the centre square of every image, resized; the original's width and height go
-into the table, so that boxes found later can be cut from the original file. A stopped run goes on
-where it was when called again. N machines share the work as --shard 0/N, 1/N, ... in any order;
-a call without --shard then finishes.
+The array holds the centre square of every image, resized; the original's width and height go into the table, so that
+boxes found later can be cut from the original file. A stopped run goes on where it was when called again.
+
+References:
+    StratifiedGroupKFold of scikit-learn, unshuffled: below version 1.8 its shuffle does not stratify.
 """
 
 import argparse
 import hashlib
-import itertools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,53 +22,147 @@ import pandas as pd
 from tqdm import tqdm
 
 import util
-from util import FOLD, ID, TARGET, InputError
+from plumbing.arrays import Filling, PartialArray, array_path
+from plumbing.data import check_groups, folds_sha256, groups_of, read_table
+from plumbing.files import finish_output, open_output, provenance, read_csv, sha256, write_table
+from plumbing.images import ImageIndex, configure_pillow, name_key, read_square
+from tasks import read_target
+from util import EXTERNAL, FOLD, ID, OWN_COLUMNS, TARGET, InputError
 
 EXAMPLE_CSV = Path("example_data/train.csv")
 
 
-def read_labels(path: Path, args: argparse.Namespace, columns: dict[str, str]) -> pd.DataFrame:
-    """Read an input table and give the columns {theirs: ours} the project's names."""
-    table = util.read_table(path, columns, args.image_col)
-    for theirs, ours in columns.items():
-        if theirs != ours and ours in table:
-            raise InputError(f"{path} has both {theirs!r} and {ours!r}; rename the second")
-    return table.rename(columns=columns)
+# ---------------------------------------------------------------- tables
+def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
+    """Input tables by split; test.csv and sample_submission.csv are looked for beside the table they belong to."""
+    beside = (args.test_csv or args.train_csv).parent
+    inputs = {"train": args.train_csv, "test": args.test_csv or beside / "test.csv", "extra": args.extra_csv}
+    if args.test_csv is None and not inputs["test"].exists():
+        inputs["test"] = None
+    elif (beside / "sample_submission.csv").exists():
+        inputs["sample_submission"] = beside / "sample_submission.csv"
+    return {split: path for split, path in inputs.items() if path is not None}
 
 
-def locate(table: pd.DataFrame, index: dict[str, Path], image_dirs: list, skip: bool) -> list:
-    """Path of every row's image; a missing one is an error, or None where bad rows are skipped."""
-    paths, where = [index.get(name) for name in table[ID]], ", ".join(map(str, image_dirs))
-    missing = table[ID][[path is None for path in paths]].tolist()
+def read_labels(path: Path, args: argparse.Namespace, labelled: bool) -> pd.DataFrame:
+    """Read an input table and give its columns the project's names; groups stay text."""
+    group = () if args.group_col == "none" else (args.group_col,)
+    table = read_table(path, [args.target_col] if labelled else [], args.image_col, text=group)
+    for column in OWN_COLUMNS:
+        if column in table:
+            raise InputError(f"{path} has a column {column!r}, which this project writes; rename or remove it")
+    if labelled and args.target_col != TARGET:
+        if TARGET in table:
+            raise InputError(f"{path} has both {args.target_col!r} and {TARGET!r}; rename the second")
+        table = table.rename(columns={args.target_col: TARGET})
+    table = table[: args.limit]
+    if labelled:
+        table[TARGET] = read_target(table, path, both=path == args.train_csv, positive=args.positive)
+    return table
+
+
+def read_inputs(args: argparse.Namespace, inputs: dict[str, Path]) -> dict[str, pd.DataFrame]:
+    """Input tables by split. Raises InputError for whatever can be known to be wrong before an image is read."""
+    if len({args.image_col, args.target_col, args.group_col}) < 3:
+        raise InputError("--image_col, --target_col and --group_col name one column; pass three")
+    labelled = {"train": True, "extra": True, "test": False}
+    tables = {split: read_labels(inputs[split], args, labelled[split]) for split in inputs.keys() & labelled.keys()}
+    train, col = tables["train"], group_column(tables["train"], args)
+    assign_folds(train[TARGET].to_numpy(), groups_of(train, col), args.n_folds, args.seed)
+    for split in ("train", "test"):
+        if col is not None and {"extra", split} <= tables.keys() and all(col in tables[s] for s in ("extra", split)):
+            shared = tables["extra"][col][tables["extra"][col].isin(tables[split][col].dropna())]
+            if len(shared):
+                raise InputError(f"{args.extra_csv} has {col} {shared.iloc[0]!r}, and so has the {split} table: networks "
+                                 "would be scored on what they were trained on; remove these rows")  # fmt: skip
+    if "sample_submission" in inputs:
+        path = inputs["sample_submission"]
+        sample = read_csv(path)
+        id_col = args.image_col if args.image_col in sample else sample.columns[0]
+        sample = read_csv(path, text=(id_col,))
+        sample = sample[[id_col, *(column for column in sample if column != id_col)]]  # the names first
+        odd = sorted(set(sample[id_col].map(name_key)) ^ set(tables["test"][ID].map(name_key)))
+        if odd and args.limit is None:
+            raise InputError(f"{path} and {inputs['test']} do not name the same images: only one has {odd[0]!r}; repair "
+                             "or remove one of them")  # fmt: skip
+        tables["sample_submission"] = sample
+    return tables
+
+
+# ---------------------------------------------------------------- folds
+def group_column(table: pd.DataFrame, args: argparse.Namespace) -> str | None:
+    """Column whose rows stay together in one fold, or None; raises InputError if it is missing or empty."""
+    if args.group_col == "none":
+        return None
+    if args.group_col in table and not table[args.group_col].isna().all():
+        return args.group_col
+    problem = "is empty" if args.group_col in table else "is missing"
+    raise InputError(
+        f"column {args.group_col!r} of {args.train_csv} {problem}; name the column of patients or lesions with "
+        "--group_col, or pass --group_col none to split image by image"
+    )
+
+
+def assign_folds(target: np.ndarray, group: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """Held-out fold of every row (N,), stratified by target, groups kept whole.
+
+    The seed permutes the groups before an unshuffled split. Raises InputError if a fold would lack one of the classes.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    code, names = pd.factorize(group)
+    for label in (0, 1):
+        if (found := len(np.unique(code[target == label]))) < n_folds:
+            raise InputError(f"class {label} has only {found} groups, too few for {n_folds} folds; pass a smaller "
+                             "--n_folds or more data")  # fmt: skip
+    if len(names) == len(group):  # every row is a group of its own
+        splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    else:
+        splitter, code = StratifiedGroupKFold(n_folds), np.random.default_rng(seed).permutation(len(names))[code]
+    fold = np.full(len(target), -1)
+    for k, (_, held_out) in enumerate(splitter.split(target, target, code)):
+        fold[held_out] = k
+        if len(np.unique(target[held_out])) < 2:
+            raise InputError(f"fold {k} would hold one class only; pass a smaller --n_folds or another --seed")
+    return fold
+
+
+# ---------------------------------------------------------------- images
+def locate(table: pd.DataFrame, index: ImageIndex, skip: bool) -> list[Path | None]:
+    """Image of every row; a missing one is an InputError, or None if bad rows are skipped."""
+    paths, where = [index.find(name) for name in table[ID]], ", ".join(map(str, index.folders))
+    missing = [name for name, path in zip(table[ID], paths, strict=True) if path is None]
     if missing and not skip:
         raise InputError(
-            f"{where} has no image named {missing[0]!r} ({len(missing)} of {len(table)} are "
-            "missing); check --image_dir and --image_col, or pass --on_error skip"
+            f"{where} has no image named {missing[0]!r} ({len(missing)} of {len(table)} are missing); check --image_dir "
+            "and --image_col, or pass --on_error skip"
         )
     for name in missing:
         tqdm.write(f"skipped {name}: no such image in {where}")
-    names: dict[Path, str] = {}
-    for name, path in zip(table[ID], paths, strict=True):
-        if path is not None and names.setdefault(path, name) != name:
-            raise InputError(f"{names[path]!r} and {name!r} are one image, {path}; remove a row")
     return paths
 
 
-def fill_array(
-    table: pd.DataFrame, paths: list, array_path: Path, args: argparse.Namespace
-) -> tuple[util.PartialArray, np.ndarray]:
-    """Write the images of a table, or a shard of them, that are not there yet.
+def check_distinct(paths: dict[str, list], tables: dict[str, pd.DataFrame]) -> None:
+    """Raise InputError if one file is meant by two rows, of whatever tables."""
+    seen: dict[Path, str] = {}
+    for split, found in paths.items():
+        for name, path in zip(tables[split][ID], found, strict=True):
+            if path is not None and seen.setdefault(path.resolve(), f"{name} ({split})") != f"{name} ({split})":
+                raise InputError(f"{seen[path.resolve()]} and {name} ({split}) are one image, {path}; remove a row")
 
-    Returns the array and the originals' width and height (N, 2), 0 where there is no image yet or
-    its file is missing or broken (with --on_error skip).
+
+def fill_array(table: pd.DataFrame, paths: list, path: Path, args: argparse.Namespace) -> tuple[PartialArray, np.ndarray]:
+    """Write the images of a table that are not there yet.
+
+    Returns the array and the originals' width and height (N, 2), 0 for those that are missing or, with --on_error
+    skip, broken.
     """
-    array = util.PartialArray(array_path, (len(table), args.size, args.size, 3))
-    record = array_path.with_name(f"{array_path.stem}_sizes.npy")
-    progress = util.Progress(record, [array], facts=2)
+    array = PartialArray(path, (len(table), args.size, args.size, 3))
+    filling = Filling(path.with_name(f"{path.stem}_sizes.npy"), {"images": array}, len(table), facts=2)
 
-    def work(row: int) -> tuple[int, int]:
+    def work(row: int, _) -> tuple[int, int]:
         try:
-            square, size = util.read_square(paths[row], args.size, args.exact)
+            square, size = read_square(paths[row], args.size, args.exact)
         except InputError as error:
             if args.on_error == "fail":
                 raise InputError(f"{error}, or pass --on_error skip") from None
@@ -79,232 +172,108 @@ def fill_array(
         return size
 
     found = np.array([row for row, path in enumerate(paths) if path is not None], dtype=int)
-    with tqdm(total=len(found), desc=array_path.name, unit="image") as bar:
-        bar.update(len(found) - len(progress.todo(found)))
-        for rows in util.chunked(progress.todo(found), args.shard):
-            progress.add(rows, np.array(util.run_threads(work, rows, args.workers, bar)))
-    return array, progress.facts
+    with tqdm(total=len(found), desc=path.name, unit="image") as bar:
+        bar.update(len(found) - len(filling.todo(found)))
+        filling.run(found, work, args.workers, bar)
+    return array, filling.facts
 
 
-def finish_array(
-    table: pd.DataFrame, array: util.PartialArray, sizes: np.ndarray
-) -> pd.DataFrame:
-    """Give a filled array its name, without the rows that have no image; returns the rows kept,
-    with width and height."""
-    kept = np.flatnonzero(sizes[:, 0])
-    if not len(kept):
-        raise InputError(f"none of the {len(table)} images of {array.path.stem} could be read")
-    array.finish(kept)
-    widths, heights = sizes[kept].T
-    return table.iloc[kept].reset_index(drop=True).assign(width=widths, height=heights)
-
-
-def group_column(table: pd.DataFrame, args: argparse.Namespace) -> str | None:
-    """Column whose rows stay together in one fold, or None; raises InputError if unusable."""
-    if args.group_col == "none":
-        return None
-    if args.group_col not in table:
-        problem = f"{args.train_csv} has no column {args.group_col!r}"
-    elif table[args.group_col].isna().all():
-        problem = f"column {args.group_col!r} of {args.train_csv} is empty"
-    else:
-        return args.group_col
-    raise InputError(
-        f"{problem}; name the column of patients or lesions with --group_col, or pass "
-        "--group_col none to split image by image"
-    )
-
-
-def assign_folds(target: np.ndarray, group: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
-    """Held-out fold of every row (N,), stratified by target, groups kept whole.
-
-    Raises InputError where a fold would lack one of the classes.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    for label in (0, 1):
-        groups = len(np.unique(group[target == label]))
-        if groups < n_folds:
-            raise InputError(
-                f"class {label} has only {groups} groups, too few for {n_folds} folds; "
-                "pass a smaller --n_folds or more data"
-            )
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    fold = np.full(len(target), -1)
-    for k, (_, held_out) in enumerate(splitter.split(target, target, group)):
-        fold[held_out] = k
-    for k in range(n_folds):
-        if len(np.unique(target[fold == k])) < 2:
-            raise InputError(
-                f"fold {k} would hold one class only; pass a smaller --n_folds or another --seed"
-            )
-    return fold
-
-
-def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
-    """Input tables by split; those not given are looked for beside the train table."""
-    folder = args.train_csv.parent
-    inputs = {
-        "train": args.train_csv,
-        "test": args.test_csv or folder / "test.csv",
-        "sample_submission": (args.test_csv or args.train_csv).parent / "sample_submission.csv",
-    }
-    if args.extra_csv is not None:
-        inputs["extra"] = args.extra_csv
-    optional = {split for split in ("test", "sample_submission") if not inputs[split].exists()}
-    if args.test_csv is None and "test" in optional:
-        optional.add("sample_submission")
-    elif "test" in optional:
-        raise InputError(f"{args.test_csv} is missing")
-    return {split: path for split, path in inputs.items() if split not in optional}
-
-
-def read_inputs(args: argparse.Namespace) -> tuple[dict[str, pd.DataFrame], dict[str, Path]]:
-    """Input tables in the project's words and the files they came from, by split.
-
-    Raises InputError for whatever can be known to be wrong before an image is read.
-    """
-    inputs = find_inputs(args)
-    if args.image_col == args.target_col:
-        raise InputError(f"--image_col and --target_col are both {args.image_col}; pass two")
-    columns = {args.target_col: TARGET}
-    tables = {"train": read_labels(inputs["train"], args, columns)[: args.limit]}
-    target = util.check_target(tables["train"], args.train_csv)
-    if FOLD in tables["train"]:
-        raise InputError(f"{args.train_csv} has a column 'fold' already; rename or remove it")
-    group = util.groups_of(tables["train"], group_column(tables["train"], args))
-    assign_folds(target, group, args.n_folds, args.seed)
-    if "test" in inputs:
-        test = read_labels(inputs["test"], args, {})
-        tables["test"] = test[: args.limit]
-    if "sample_submission" in inputs:
-        sample = read_labels(inputs["sample_submission"], args, {})
-        odd = sorted(set(sample[ID]) ^ set(test[ID]))
-        if odd:
-            raise InputError(
-                f"{inputs['sample_submission']} and {inputs['test']} do not name the same images: "
-                f"only one has {odd[0]!r}; repair or remove one of them"
-            )
-        tables["sample_submission"] = sample
-    if "extra" in inputs:
-        tables["extra"] = read_extra(tables, args)
-    return tables, inputs
-
-
-def read_extra(tables: dict[str, pd.DataFrame], args: argparse.Namespace) -> pd.DataFrame:
-    """The table of external images. Raises InputError where it shares an image or a group with
-    another table: networks would be scored on what they were trained on."""
-    extra = read_labels(args.extra_csv, args, {args.target_col: TARGET})[: args.limit]
-    util.check_target(extra, args.extra_csv, both=False)
-    columns = [ID] if group_column(tables["train"], args) is None else [ID, args.group_col]
-    for split, column in itertools.product(("train", "test"), columns):
-        if split in tables and column in extra and column in tables[split]:
-            shared = extra[column][extra[column].isin(tables[split][column].dropna())]
-            if len(shared):
-                raise InputError(f"{args.extra_csv} has {column} {shared.iloc[0]!r}, and so has "
-                                 f"the {split} table; remove these rows")  # fmt: skip
-    return extra
-
-
-def claim_output(
-    paths: dict[str, list], inputs: dict[str, Path], image_dirs: list, args: argparse.Namespace
-) -> Path:
-    """Create the output directory, or go on with what a stopped run or other shards began.
-
-    Raises InputError where input would be overwritten.
-    """
-    outputs = {(args.output_dir / f"{split}.csv").resolve() for split in inputs}
-    given = {path.resolve() for path in (*image_dirs, *inputs.values())}
-    own = {args.output_dir.resolve(), *outputs} & given
-    if own:
+# ---------------------------------------------------------------- command
+def check_output(args: argparse.Namespace, tables: dict, inputs: dict[str, Path], image_dirs: dict[str, list]) -> None:
+    """Raise InputError if the output directory would overwrite input."""
+    given = {path.resolve() for paths in (inputs.values(), *image_dirs.values()) for path in paths}
+    outputs = {(args.output_dir / f"{split}.csv").resolve() for split in tables}
+    if own := {args.output_dir.resolve(), *outputs} & given:
         raise InputError(f"--output_dir {args.output_dir} would overwrite {min(own)}; pass another")
-    settings = {"size": args.size, "exact": args.exact}
-    for split, found in paths.items():
-        listing = hashlib.sha256("\n".join(map(str, found)).encode())
-        settings[f"{split} images"] = f"{len(found)} of sha256 {listing.hexdigest()}"
-    return util.claim_filling(args.output_dir, "preprocess.json", args, settings)
 
 
 def main(args: argparse.Namespace) -> Path:
     """Write the arrays and tables; returns their directory."""
-    tables, inputs = read_inputs(args)
-    external = tables.pop("extra", tables["train"][:0])
-    tables["train"] = pd.concat([tables["train"], external], ignore_index=True)
-    beside = [args.train_csv, *([] if args.extra_csv is None else [args.extra_csv])]
-    image_dirs = args.image_dir or list(dict.fromkeys(path.parent / "images" for path in beside))
-    index = util.index_images(*image_dirs)
-    paths = {
-        split: locate(tables[split], index, image_dirs, args.on_error == "skip")
-        for split in ("train", "test")
-        if split in tables
+    configure_pillow()
+    inputs = find_inputs(args)
+    tables = read_inputs(args, inputs)
+    image_dirs = {
+        split: args.image_dir or [inputs[split].parent / "images"] for split in ("train", "extra", "test") if split in inputs
     }
-    output_dir = claim_output(paths, inputs, image_dirs, args)
-    arrays = {split: util.array_path(output_dir, split, args.size) for split in paths}
-    filled = {
-        split: fill_array(tables[split], paths[split], arrays[split], args) for split in paths
-    }
-    if args.shard:
-        print("wrote shard {} of {}; when all are written, run without --shard".format(*args.shard))
-        return output_dir
+    if args.test_image_dir and "test" in tables:
+        image_dirs["test"] = args.test_image_dir
+    check_output(args, tables, inputs, image_dirs)
+    indexes = {dirs: ImageIndex(*dirs) for dirs in {tuple(found) for found in image_dirs.values()}}
+    paths = {s: locate(tables[s], indexes[tuple(d)], args.on_error == "skip") for s, d in image_dirs.items()}
+    check_distinct(paths, tables)
+    n_external = len(tables.get("extra", ()))
+    if n_external:
+        tables["train"] = pd.concat([tables["train"], tables.pop("extra")], ignore_index=True)
+        tables["train"][FOLD] = EXTERNAL
+        paths["train"] += paths.pop("extra")
+        image_dirs["train"] = list(dict.fromkeys([*image_dirs["train"], *image_dirs.pop("extra")]))
+    settings = {"size": args.size, "exact": args.exact}
+    for split, found in paths.items():
+        listing = hashlib.sha256("\n".join(map(str, found)).encode()).hexdigest()
+        settings[f"{split} images"] = f"{len(found)} of sha256 {listing}"
+    folder = open_output(args.output_dir, "preprocess.json", args.overwrite, settings)
+
+    written, filled = [], {}
+    for split, found in paths.items():
+        filled[split] = fill_array(tables[split], found, array_path(folder, split, args.size), args)
+    external = np.arange(len(tables["train"])) >= len(tables["train"]) - n_external
     for split, (array, sizes) in filled.items():
-        tables[split] = finish_array(tables[split], array, sizes)
-    if "sample_submission" in tables:
-        read = tables["sample_submission"][ID].isin(tables["test"][ID])
-        tables["sample_submission"] = tables["sample_submission"][read]
-    group_col = group_column(tables["train"], args)
-    own = ~tables["train"][ID].isin(external[ID])
-    rows = tables["train"][own]  # without the images left out
-    target, group = util.check_target(rows, args.train_csv), util.groups_of(rows, group_col)
-    tables["train"][FOLD] = util.EXTERNAL
-    tables["train"].loc[own, FOLD] = assign_folds(target, group, args.n_folds, args.seed)
-    for split, table in tables.items():
-        util.write_table(output_dir / f"{split}.csv", table)
-    written = [*arrays.values(), *(output_dir / f"{split}.csv" for split in tables)]
+        kept = np.flatnonzero(sizes[:, 0])
+        if not len(kept):
+            raise InputError(f"none of the {len(sizes)} images of {split} could be read; check --image_dir")
+        array.finish(kept)
+        written.append(array.path)
+        external = external[kept] if split == "train" else external
+        tables[split] = tables[split].iloc[kept].reset_index(drop=True)
+        tables[split][["width", "height"]] = sizes[kept]
+    train, col = tables["train"], group_column(tables["train"], args)
+    group, own = groups_of(train, col), np.flatnonzero(~external)
+    train[FOLD] = EXTERNAL  # again without the images left out
+    train.loc[own, FOLD] = assign_folds(train[TARGET].to_numpy()[own], group[own], args.n_folds, args.seed)
+    check_groups(group, train[FOLD].to_numpy(), f"{args.train_csv} and {args.extra_csv}")
+    columns = [args.image_col, args.target_col]
+    if (sample := tables.get("sample_submission")) is not None:
+        columns = [sample.columns[0], next(iter(sample.columns[1:]), args.target_col)]
+        tables["sample_submission"] = sample[sample.iloc[:, 0].map(name_key).isin(tables["test"][ID].map(name_key))]
+    for split in sorted(tables):
+        write_table(folder / f"{split}.csv", tables[split])
+        written.append(folder / f"{split}.csv")
     facts = {
-        "size": args.size,
-        "n_folds": args.n_folds,
-        "seed": args.seed,
-        "group_col": group_col,
-        "image_dirs": [path.resolve() for path in image_dirs],
-        "exact": args.exact,
-        "inputs": {str(path): util.sha256(path) for path in inputs.values()},
-        "sha256": {path.name: util.sha256(path) for path in written},
-        **util.provenance(),
-    }
-    util.finish_filling(output_dir, "preprocess.json", facts)
-    for k, rows in tables["train"].groupby(FOLD):
-        name = "in no fold, external" if k == util.EXTERNAL else f"fold {k}"
+        "size": args.size, "n_folds": args.n_folds, "seed": args.seed, "group_col": col, "exact": args.exact,
+        "submission_columns": columns, "folds_sha256": folds_sha256(train),
+        "image_dirs": {split: [str(path.resolve()) for path in dirs] for split, dirs in image_dirs.items()},
+        "inputs": {str(path): sha256(path) for path in inputs.values()},
+        "sha256": {path.name: sha256(path) for path in written},
+    }  # fmt: skip
+    finish_output(folder, "preprocess.json", facts | provenance())
+    for k, rows in train.groupby(FOLD):
+        name = "in no fold, external" if k == EXTERNAL else f"fold {k}"
         print(f"{name}: {len(rows)} images, {rows[TARGET].sum()} positive")
-    print(f"wrote {output_dir}")
-    return output_dir
+    print(f"wrote {folder}")
+    return folder
 
 
+# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
-    parser, count = util.new_parser(__doc__), util.number(int, 1)
-    data = parser.add_argument_group("input")
-    data.add_argument("--train_csv", type=Path, default=EXAMPLE_CSV, help="table of labels")
-    data.add_argument("--test_csv", type=Path, help="table to predict [test.csv beside train]")
-    data.add_argument("--extra_csv", type=Path, help="external images to train on in every fold, "
-                      "never scored; columns as in --train_csv")  # fmt: skip
-    data.add_argument("--image_dir", type=Path, nargs="+",
-                      help="originals [images/ beside the tables]")  # fmt: skip
-    data.add_argument("--image_col", default=ID, help="column of image names")
-    data.add_argument("--target_col", default=TARGET, help="column of labels, 0 or 1")
-    data.add_argument("--group_col", default="patient_id", help="column that folds keep whole")
-    data.add_argument("--limit", type=count, help="use the first rows of each table")
-    data.add_argument("--on_error", choices=("fail", "skip"), default="fail", help="bad images")
-    out = parser.add_argument_group("output")
-    out.add_argument("--output_dir", type=Path, default=Path("data"), help="where to write")
-    out.add_argument("--size", type=count, default=224, help="side in pixels")
-    out.add_argument("--n_folds", type=util.number(int, 2), default=3, help="held-out folds")
-    out.add_argument("--seed", type=util.number(int, 0, 2**32 - 1), default=0, help="of the folds")
-    out.add_argument("--workers", type=count, default=os.cpu_count(), help="threads")
-    out.add_argument("--exact", action="store_true", help="decode every JPEG in full")
-    out.add_argument("--shard", type=util.shard, metavar="I/N", help="write every N-th image, from "
-                     "I: one of N calls that share the work")  # fmt: skip
-    out.add_argument("--overwrite", action="store_true", help="replace a finished --output_dir")
+    parser = util.new_parser(__doc__, "workers", "on_error", "limit", "overwrite")
+    add = parser.add_argument
+    add("--train_csv", type=Path, default=EXAMPLE_CSV, help="table of labels")
+    add("--test_csv", type=Path, help="table to predict [test.csv beside train]")
+    add("--extra_csv", type=Path, help="external images to train on in every fold, never scored; columns as in --train_csv")
+    add("--image_dir", type=Path, nargs="+", help="originals, with their subfolders [images/ beside each table]")
+    add("--test_image_dir", type=Path, nargs="+", help="originals of the test table, if elsewhere")
+    add("--image_col", default=ID, help="column of image names, or paths below --image_dir")
+    add("--target_col", default=TARGET, help="column of labels, 0 or 1")
+    add("--positive", help="the label that counts as 1, all others as 0")
+    add("--group_col", default="patient_id", help="column that folds keep whole, or none")
+    add("--output_dir", type=Path, default=Path("data"), help="where to write")
+    add("--size", type=util.COUNT, default=224, help="side in pixels")
+    add("--n_folds", type=util.number(int, 2), default=3, help="held-out folds")
+    add("--seed", type=util.number(int, 0, 2**32 - 1), default=0, help="of the folds")
+    add("--exact", action="store_true", help="decode every JPEG in full")
     return parser
+# fmt: on
 
 
 if __name__ == "__main__":

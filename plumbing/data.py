@@ -1,0 +1,210 @@
+"""Tables: what preprocess.py wrote, groups that folds keep whole, boxes beside a table, metadata as numbers."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from plumbing.arrays import array_path
+from plumbing.files import check_hashes, read_csv, read_json
+from plumbing.images import name_key
+from util import BOX_SIDE, FOLD, ID, PLACE, TARGET, InputError
+
+META_COLUMNS = ("sex", "age_approx", "anatom_site_general_challenge")  # of ISIC 2020
+CORNERS = ["x0", "y0", "x1", "y1"]  # of a box, in pixels of the original
+
+
+# ---------------------------------------------------------------- tables of images
+def read_table(path: Path, columns=(), id_col: str = ID, text: tuple[str, ...] = ()) -> pd.DataFrame:
+    """Read a csv with one image per row; `id_col` is called image_name from here on.
+
+    Image names and the columns in `text` stay text. Raises InputError naming the file and the column or row at fault.
+    """
+    table = read_csv(path, [id_col, *columns], text=(id_col, *text))
+    if id_col != ID and ID in table:
+        raise InputError(f"{path} has both {id_col!r} and {ID!r}; rename the second")
+    bad = table[id_col].isna() | table[id_col].map(name_key).duplicated()
+    if bad.any():
+        line = int(np.flatnonzero(bad)[0])
+        raise InputError(f"{path} line {line + 2}: {id_col} {table[id_col][line]!r} is empty or there twice; remove the row")
+    return table.rename(columns={id_col: ID})
+
+
+def numbers(table: pd.DataFrame, column: str, path: Path, low: float = -math.inf, high: float = math.inf) -> np.ndarray:
+    """A column of a table as float (N,); raises InputError unless all are finite numbers from low to high."""
+    values = pd.to_numeric(table[column], errors="coerce").to_numpy(dtype=float)
+    bad = ~(np.isfinite(values) & (values >= low) & (values <= high))
+    if bad.any():
+        row = table[bad].iloc[0]
+        span = "" if low == -math.inf else f" from {low:g} to {high:g}"
+        raise InputError(f"{path}: {column} of {row[ID]} is {str(row[column])!r}; it must be a number{span}")
+    return values
+
+
+# ---------------------------------------------------------------- groups and folds
+def groups_of(table: pd.DataFrame, group_col: str | None) -> np.ndarray:
+    """Group of every row (N,) as text; a row without one is a group of its own."""
+    own = "row:" + table[ID].astype(str)
+    if group_col is None:
+        return own.to_numpy()
+    return ("group:" + table[group_col].astype(str)).where(table[group_col].notna(), own).to_numpy()
+
+
+def check_groups(group: np.ndarray, fold: np.ndarray, what: str) -> None:
+    """Raise InputError if a group lies in two folds."""
+    order = np.lexsort((fold, group))
+    group, fold = group[order], fold[order]
+    straddles = (group[1:] == group[:-1]) & (fold[1:] != fold[:-1])
+    if straddles.any():
+        place = int(np.flatnonzero(straddles)[0])
+        name = group[place].partition(":")[2]
+        raise InputError(
+            f"{what}: {name} lies in folds {fold[place]} and {fold[place + 1]}, so that networks would be scored on "
+            "what they were trained on; run preprocess.py again"
+        )
+
+
+def folds_sha256(table: pd.DataFrame) -> str:
+    """Hash of which image is in which fold with which target: what all stages must share."""
+    return hashlib.sha256(table[[ID, TARGET, FOLD]].to_csv(index=False).encode()).hexdigest()
+
+
+@dataclass
+class Data:
+    """What preprocess.py wrote: tables (row i is row i of the arrays) and facts about them."""
+
+    directory: Path
+    train: pd.DataFrame
+    test: pd.DataFrame | None
+    submission: pd.DataFrame | None  # sample_submission.csv, of which the first column names the images
+    facts: dict  # preprocess.json
+
+    @property
+    def size(self) -> int:
+        """Side of the stored images, in pixels."""
+        return self.facts["size"]
+
+    @property
+    def folds_sha256(self) -> str:
+        """Hash of the folds."""
+        return self.facts["folds_sha256"]
+
+    @property
+    def group(self) -> pd.Series:
+        """Group of every train image, by image_name."""
+        return pd.Series(groups_of(self.train, self.facts["group_col"]), index=self.train[ID])
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The tables that exist, by split."""
+        both = {"train": self.train, "test": self.test}
+        return {split: table for split, table in both.items() if table is not None}
+
+    def array_path(self, split: str) -> Path:
+        """Where the centre squares of a split lie."""
+        return array_path(self.directory, split, self.size)
+
+
+def read_data(data_dir: Path) -> Data:
+    """Read a directory that preprocess.py finished.
+
+    Raises InputError if a table was changed since, or if a group lies in two folds.
+    """
+    facts = read_json(data_dir / "preprocess.json")
+    given = {name: facts["sha256"][name] for name in facts["sha256"] if name.endswith(".csv")}
+    check_hashes(data_dir, given, "run preprocess.py again")
+    text = [column for column in (facts["group_col"],) if column]
+    train = read_table(data_dir / "train.csv", (TARGET, FOLD, "width", "height", *text), text=text)
+    test = read_table(data_dir / "test.csv", ("width", "height"), text=text) if "test.csv" in given else None
+    sample = None
+    if "sample_submission.csv" in given:
+        sample = read_csv(data_dir / "sample_submission.csv", text=facts["submission_columns"][:1])
+    check_groups(groups_of(train, facts["group_col"]), train[FOLD].to_numpy(), f"{data_dir / 'train.csv'}")
+    return Data(data_dir, train, test, sample, facts)
+
+
+# ---------------------------------------------------------------- boxes
+def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> pd.DataFrame:
+    """A table with the side of every image's box and the box's place in its wide crop.
+
+    Raises InputError if the boxes are of other images or not inside them.
+    """
+    path = crop_dir / f"{split}_boxes.csv"
+    boxes = read_table(path, (*CORNERS, *PLACE))
+    place = {column: numbers(boxes, column, path, 0, 1) for column in PLACE}
+    side = (numbers(boxes, "x1", path) - numbers(boxes, "x0", path)) / table[["width", "height"]].min(axis=1)
+    if boxes[ID].tolist() != table[ID].tolist() or not side.between(0, 1 + 1e-6, inclusive="right").all():
+        raise InputError(f"{path} has boxes of other images than the table, or outside of them; run crop.py again")
+    return table.assign(**{BOX_SIDE: side}, **place)
+
+
+# ---------------------------------------------------------------- metadata
+def as_words(column: pd.Series) -> pd.Series:
+    """Values as text, the same however pandas read them: 1, 1.0 and True are "1"; missing ones stay missing."""
+
+    def word(value) -> str:
+        if isinstance(value, (bool, np.bool_)) or value in ("True", "False"):
+            return str(int(value in (True, "True")))
+        whole = isinstance(value, float) and value.is_integer()
+        return str(int(value)) if whole else str(value)
+
+    return column.astype(object).map(word, na_action="ignore")
+
+
+class MetaEncoder:
+    """Metadata as numbers, fitted on training rows alone.
+
+    A text column becomes one column per value seen, one for unknown values and one for missing ones; a numeric column
+    becomes its standard score and a missing flag. A column that a later table lacks counts as missing everywhere, so
+    the width never changes.
+    """
+
+    def __init__(self, columns: dict[str, dict]):
+        self.columns = columns  # plain types: it is saved inside checkpoints
+
+    @classmethod
+    def fit(cls, table: pd.DataFrame, names: tuple[str, ...] = META_COLUMNS) -> "MetaEncoder":
+        """Learn the vocabularies of those of the named columns that the table has."""
+        columns = {}
+        for name in names:
+            if name not in table or table[name].isna().all():
+                continue
+            words = as_words(table[name]).dropna()
+            values = pd.to_numeric(words, errors="coerce").astype(float)
+            if np.isfinite(values).all():
+                spread = float(values.std(ddof=0))
+                columns[name] = {"mean": float(values.mean()), "std": spread if spread > 0 else 1.0}
+            else:
+                columns[name] = {"values": sorted(words.unique().tolist())}
+        return cls(columns)
+
+    @property
+    def dim(self) -> int:
+        """Number of encoded columns M."""
+        return sum(len(c["values"]) + 2 if "values" in c else 2 for c in self.columns.values())
+
+    def encode(self, table: pd.DataFrame) -> np.ndarray:
+        """Encode a table: float32 (N, M)."""
+        parts = [np.empty((len(table), 0))]
+        for name, column in self.columns.items():
+            words = as_words(table[name]) if name in table else pd.Series(np.nan, index=table.index)
+            missing = words.isna().to_numpy()
+            if "values" in column:
+                known = np.stack([(words == word).to_numpy() for word in column["values"]], axis=1)
+                parts += [known, (~missing & ~known.any(axis=1))[:, None], missing[:, None]]
+            else:
+                number = pd.to_numeric(words, errors="coerce").to_numpy(dtype=float)
+                missing = ~np.isfinite(number)
+                standard = (np.where(missing, column["mean"], number) - column["mean"]) / column["std"]
+                parts += [standard[:, None], missing[:, None]]
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def meta_columns(table: pd.DataFrame, names: list[str] | None) -> list[str]:
+    """Metadata columns to use: those named, which must exist, or ISIC 2020's and the side of the box."""
+    for name in names or ():
+        if name not in table:
+            raise InputError(f"--meta_cols {name}: the train table has {', '.join(table)}; name some of these")
+    return [*META_COLUMNS, BOX_SIDE] if names is None else names  # a crop does not show its own size

@@ -1,0 +1,78 @@
+"""Pictures of runs and crops, as PNG files that need no screen."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from plumbing.files import atomic
+from tasks import weighted_auc
+from util import FOLD, PROB, TARGET
+
+
+def new_figure(**options):
+    """A matplotlib figure that needs no screen."""
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained", **options)
+
+
+def save_figure(path: Path, figure) -> None:
+    """Save a figure as PNG."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def plot_roc(path: Path, oof: pd.DataFrame) -> None:
+    """ROC curve of every fold."""
+    from sklearn.metrics import roc_curve
+
+    figure = new_figure(figsize=(5, 5))
+    axes = figure.subplots()
+    for fold, rows in oof.groupby(FOLD):
+        fpr, tpr, _ = roc_curve(rows[TARGET], rows[PROB])
+        axes.plot(fpr, tpr, label=f"fold {fold}: AUC {weighted_auc(rows[TARGET], rows[PROB]):.3f}")
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="Held-out folds")
+    axes.legend(loc="lower right")
+    save_figure(path, figure)
+
+
+def plot_curves(path: Path, log: pd.DataFrame) -> None:
+    """Training loss, held-out loss and held-out AUC of every fold over the epochs.
+
+    The losses have axes of their own: the sampler, smoothing and penalties of training make them incomparable.
+    """
+    figure = new_figure(figsize=(12, 3.6))
+    columns = {"train_loss": "training loss", "valid_loss": "held-out loss", "valid_auc": "held-out AUC"}
+    for axes, (column, label) in zip(figure.subplots(1, 3), columns.items(), strict=True):
+        for fold, rows in log.groupby(FOLD):
+            axes.plot(rows["epoch"], rows[column], color=f"C{fold}", label=f"fold {fold}")
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.legend()
+    save_figure(path, figure)
+
+
+def draw_row(axes, image: np.ndarray, size: tuple[int, int], box, attention, crop) -> None:
+    """Draw one image on three axes: with its box, its attention, and the crop.
+
+    image: a picture (H, W, 3) of an original of `size` (width, height); attention (h, w) covers its centre square;
+    box (localize.Box), attention and crop may be None.
+    """
+    height, width = image.shape[:2]
+    for axis in axes:
+        axis.set_axis_off()
+    axes[0].imshow(image)
+    axes[1].imshow(image)
+    if box is not None:
+        x0, y0, x1, y1 = (edge * width / size[0] for edge in box.corners)
+        axes[0].plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="lime", linewidth=1.5, clip_on=False)
+    if attention is not None:
+        short = min(width, height)
+        left, top = (width - short) / 2, (height - short) / 2
+        extent = (left, left + short, top + short, top)
+        axes[1].imshow(attention, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
+    for axis in axes[:2]:  # neither box nor map may widen the frame
+        axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+    if crop is not None:
+        axes[2].imshow(crop)

@@ -1,0 +1,119 @@
+"""Image files: which file a name means, decoding, and cutting squares out of originals."""
+
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from util import CPUS, InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+MAX_PIXELS = 250_000_000  # Pillow refuses twice as many: a mammogram has 30 million, a scanned film 200
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+def configure_pillow() -> None:
+    """Let Pillow read large originals and keep the memory of decoded ones; for the main function of a script."""
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    # else the 16 MB blocks of every large image go back to the system, which zeroes them for the next
+    Image.core.set_blocks_max(8 * CPUS)
+
+
+# ---------------------------------------------------------------- names
+def name_key(name: str) -> str:
+    """What two spellings of an image's name share: NFC, without an image suffix."""
+    name = unicodedata.normalize("NFC", str(name))
+    stem, _, suffix = name.rpartition(".")
+    return stem if f".{suffix.lower()}" in SUFFIXES else name
+
+
+class ImageIndex:
+    """Images below folders, found by name or by path relative to the folder, with or without suffix."""
+
+    def __init__(self, *folders: Path):
+        self.folders, self._found = folders, {}
+        for folder in folders:
+            if not folder.is_dir():
+                raise InputError(f"{folder} is not a folder; pass the images' folder with --image_dir")
+            for path in sorted(folder.rglob("*")):
+                if path.suffix.lower() in SUFFIXES:
+                    for key in {name_key(path.relative_to(folder).as_posix()), name_key(path.name)}:
+                        self._found.setdefault(key, []).append(path)
+
+    def find(self, name: str) -> Path | None:
+        """File of that name, None if there is none; raises InputError if there are several."""
+        found = self._found.get(name_key(name), [])
+        if len(found) > 1:
+            raise InputError(f"{found[0]} and {found[1]} are both named {name}; name the folder as well, or remove one")
+        return found[0] if found else None
+
+    def paths(self) -> list[Path]:
+        """All images."""
+        return sorted({path for found in self._found.values() for path in found})
+
+
+# ---------------------------------------------------------------- pixels
+def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+    """Read a JPEG or PNG upright and as 8-bit RGB; returns it with the original's (width, height).
+
+    With `min_side` a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its short side keeps that many
+    pixels. EXIF orientation is applied; grey, palette, CMYK and 1-bit files are converted; alpha is dropped; 16-bit
+    grey is scaled to 8 bit. Raises InputError naming a file that is missing, broken or of another kind.
+    """
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=("JPEG", "PNG")) as image:  # Pillow runs others outside
+            width, height = image.size
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
+            image.load()
+            orientation = image.getexif().get(0x0112, 1)
+            upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's plugins raise many types on broken files
+        raise InputError(f"{path} is not a readable JPEG or PNG ({error}); repair or convert it") from None
+    if upright.mode.startswith("I"):
+        grey = np.asarray(upright).astype(np.float64) / 257
+        upright = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
+    rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
+    return rgb, (height, width) if orientation in TURNED else (width, height)
+
+
+def cut(image: Image.Image, box: tuple, size: int, original_size: tuple[int, int]) -> np.ndarray:
+    """Cut a box (x0, y0, x1, y1 in pixels of the original) from its decoded image: uint8 (size, size, 3).
+
+    The image may be decoded at 1/2, 1/4 or 1/8, rounded up to whole pixels, which is why the factor is not the
+    quotient of the sizes. Antialiased bilinear (the filter the original used for its arrays).
+    """
+    factor = 1 / round(max(original_size) / max(image.size))
+    corners = np.clip(factor * np.array(box), 0, [*image.size, *image.size])
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=tuple(corners)))
+
+
+def centre_square(width: int, height: int) -> tuple[float, float, float, float]:
+    """Largest centred square of an image as (x0, y0, x1, y1)."""
+    side = min(width, height)
+    x0, y0 = (width - side) / 2, (height - side) / 2
+    return x0, y0, x0 + side, y0 + side
+
+
+def read_square(path: Path, size: int, exact: bool = False) -> tuple[np.ndarray, tuple[int, int]]:
+    """Centre square of a file as uint8 (size, size, 3), and the original's (width, height).
+
+    Unless `exact`, a JPEG is decoded at a scale that keeps twice the pixels needed.
+    """
+    image, original_size = read_image(path, None if exact else 2 * size)
+    return cut(image, centre_square(*original_size), size, original_size), original_size
+
+
+def read_crops(path: Path, boxes: list[tuple], sizes: list[int], original_size: tuple[int, int]) -> list[np.ndarray]:
+    """Square boxes (x0, y0, x1, y1) of a file, each resized: uint8 (size, size, 3) per box.
+
+    The file is decoded once, a JPEG at a scale that keeps twice the pixels needed. Raises InputError if it is not of
+    the (width, height) for which the boxes were found.
+    """
+    needed = max(size / (x1 - x0) for (x0, _, x1, _), size in zip(boxes, sizes, strict=True))
+    image, found_size = read_image(path, int(2 * needed * min(original_size)))
+    if found_size != tuple(original_size):
+        found, known = ("{} x {}".format(*size) for size in (found_size, original_size))
+        raise InputError(f"{path} is {found} px but was {known} when its box was found; preprocess and crop again")
+    return [cut(image, box, size, original_size) for box, size in zip(boxes, sizes, strict=True)]

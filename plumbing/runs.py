@@ -1,0 +1,211 @@
+"""Run directories: what training and blending leave behind.
+
+Every fold writes files of its own; `collect` makes the shared ones of them. A blend is a run too, so blends nest.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from plumbing.data import Data, numbers
+from plumbing.figures import plot_curves, plot_roc
+from plumbing.files import check_hashes, read_csv, read_json, remove_leftovers, sha256, write_json, write_table
+from plumbing.images import name_key
+from tasks import score_folds
+from util import FOLD, ID, PROB, TARGET, InputError
+
+FINDER = "finder"  # folder in a run on crops: all that finds the boxes of new images
+SPANS = {FOLD: (0, 1000), TARGET: (0, 1), PROB: (0, 1)}  # of the columns of prediction tables
+# arguments that may differ between two calls that train folds of one run; inputs are compared by their hashes
+FREE_ARGUMENTS = {"fold", "device", "workers", "resume", "overwrite", "max_hours", "tensorboard", "data_dir", "crop_dir",
+                  "guide", "weights", "runs_dir"}  # fmt: skip
+
+
+# ---------------------------------------------------------------- reading
+@dataclass
+class Run:
+    """A finished run of train.py, or a blend of ensemble.py."""
+
+    path: Path
+    config: dict  # config.json
+    metrics: dict  # metrics.json
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return self.path.name
+
+    @property
+    def folds(self) -> list[int]:
+        """The finished folds."""
+        return [fold["fold"] for fold in self.metrics["folds"]]
+
+    @property
+    def is_blend(self) -> bool:
+        """Whether it was blended of other runs."""
+        return "members" in self.config
+
+    def table(self, name: str) -> pd.DataFrame:
+        """oof.csv or test_predictions.csv; raises InputError if it was changed since it was scored."""
+        check_hashes(self.path, {name: self.metrics["sha256"][name]}, "train or blend again")
+        return read_predictions(self.path / name)
+
+    def checkpoint(self, k: int) -> Path:
+        """The best network of a fold; raises InputError if it is not the one that was scored."""
+        name, scored = f"fold{k}_best.pt", {fold["fold"]: fold["checkpoint"] for fold in self.metrics["folds"]}
+        check_hashes(self.path, {name: scored[k]}, "it is not the network that was scored; train the fold again")
+        return self.path / name
+
+    def members(self) -> list[tuple["Run", float]]:
+        """Members of a blend with their weights; raises InputError if one was trained again since."""
+        found = []
+        for member in self.config["members"]:
+            path = (self.path / member["run"]).resolve()
+            check_hashes(path, {"metrics.json": member["metrics"]}, f"blend {self.path} again")
+            found.append((read_run(path), member["weight"]))
+        return found
+
+
+def read_run(path: Path) -> Run:
+    """Read a finished run; raises InputError if it is none."""
+    config = read_json(path / "config.json")
+    if not (path / "metrics.json").exists():
+        raise InputError(f"{path} is not finished; train it or go on with --resume")
+    return Run(path, config, read_json(path / "metrics.json"))
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """A table of predictions: image_name, fold, prob and perhaps target; raises InputError if a value is impossible."""
+    table = read_csv(path, [ID, FOLD, PROB], text=(ID,))
+    for column in SPANS.keys() & set(table):
+        table[column] = numbers(table, column, path, *SPANS[column])
+    if table.duplicated([ID, FOLD]).any() or (table[FOLD] % 1).any():
+        raise InputError(f"{path} has an image twice in a fold, or no whole fold numbers; train or blend again")
+    return table.astype({column: int for column in (FOLD, TARGET) if column in table})
+
+
+def score_line(name: str, metrics: dict) -> str:
+    """One line of a result table: fold AUCs and their mean, out-of-fold AUC (ranked inside folds) with its interval."""
+    folds = " ".join(f"{fold['auc']:.3f}" for fold in metrics["folds"])
+    low, high = metrics["ranked"]["auc_interval"]
+    ranked = f"oof {metrics['ranked']['auc']:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{name:<12} folds {folds}   mean {metrics['mean_auc']:.3f}   {ranked}"
+
+
+# ---------------------------------------------------------------- writing
+def write_run(run_dir: Path, oof: pd.DataFrame, test, data: Data, folds: list[dict], **extra) -> dict:
+    """Write what every run, blends included, leaves behind; returns the metrics.
+
+    oof: image_name, fold, target, prob. test: image_name, fold, prob, or None. folds: facts about each fold (at least
+    its number), to which the scores are added. extra: further metrics.
+    """
+    metrics = score_folds(oof, data.group, [fold["fold"] for fold in folds]) | extra
+    metrics["folds"] = [facts | new for facts, new in zip(folds, metrics["folds"], strict=True)]
+    tables = {"oof.csv": oof}
+    if test is not None:
+        tables |= {"test_predictions.csv": test, "submission.csv": make_submission(test, data)}
+    for name, table in tables.items():
+        write_table(run_dir / name, table)
+    metrics["sha256"] = {name: sha256(run_dir / name) for name in tables}
+    plot_roc(run_dir / "roc.png", oof)
+    write_json(run_dir / "metrics.json", metrics)
+    return metrics
+
+
+def make_submission(test: pd.DataFrame, data: Data) -> pd.DataFrame:
+    """Mean probability over folds of the test images predicted, in the sample submission's order and columns."""
+    mean = test.groupby(test[ID].map(name_key))[PROB].mean()
+    id_col, target_col = data.facts["submission_columns"]
+    ids = data.test[ID] if data.submission is None else data.submission[id_col]
+    ids = ids[ids.map(name_key).isin(mean.index)]  # a dry run with --limit predicts some
+    return pd.DataFrame({id_col: ids.to_numpy(), target_col: mean[ids.map(name_key)].to_numpy()})
+
+
+def open_run(run_dir: Path, config: dict, folds: list[int], resume: bool, overwrite: bool) -> list[int]:
+    """Create a run directory or add to it; returns the folds that are still to train.
+
+    Raises InputError if the run was made differently, or if a fold is finished or begun and `resume` is not set.
+    """
+    path = run_dir / "config.json"
+    if run_dir.exists() and not path.exists() and any(not p.name.endswith(".tmp") for p in run_dir.iterdir()):
+        raise InputError(f"{run_dir} holds files but no run; pass another --name")
+    if overwrite and path.exists():
+        shutil.rmtree(run_dir)
+    if path.exists():
+        old = read_json(path)
+        if config["inputs"] != old["inputs"]:
+            raise InputError(f"{run_dir} was trained on other data; pass --name or --overwrite")
+        for key in sorted(config["args"].keys() - FREE_ARGUMENTS):
+            if config["args"][key] != old["args"].get(key):
+                raise InputError(
+                    f"{run_dir} was made with {key} = {old['args'].get(key)}, not {config['args'][key]}; pass --name "
+                    "for a new run or --overwrite to replace this one"
+                )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for pattern in ("[!f]*.tmp", *(f"fold{k}_*.tmp" for k in folds)):  # other folds may be training
+        remove_leftovers(run_dir, pattern)
+    done = {k for k in folds if (run_dir / f"fold{k}_metrics.json").exists()}
+    for k in () if resume else folds:
+        if k in done or (run_dir / f"fold{k}_last.pt").exists():
+            state = "finished" if k in done else "interrupted"
+            raise InputError(
+                f"fold {k} of {run_dir} is {state}; pass --resume to go on with what is missing or --overwrite to "
+                "start the run anew"
+            )
+    if config["crop"] is not None:
+        copy_finder(Path(config["args"]["crop_dir"]), run_dir / FINDER)
+    if not path.exists():
+        write_json(path, config)
+    return [k for k in folds if k not in done]
+
+
+def copy_finder(crop_dir: Path, finder: Path) -> None:
+    """Copy into a run what finds boxes: crop.json and the networks it names, so that the run can be moved."""
+    finder.mkdir(exist_ok=True)
+    networks = read_json(crop_dir / "crop.json")["networks"]
+    check_hashes(crop_dir, networks, "run crop.py again")
+    for name in (*networks, "crop.json"):
+        if not (finder / name).exists():
+            shutil.copyfile(crop_dir / name, finder / f"{name}.tmp")
+            os.replace(finder / f"{name}.tmp", finder / name)
+
+
+def write_fold(run_dir: Path, k: int, facts: dict, oof: pd.DataFrame, test: pd.DataFrame | None) -> None:
+    """Write the predictions of a fold, and last its metrics: a fold is finished once they exist."""
+    write_table(run_dir / f"fold{k}_oof.csv", oof)
+    if test is not None:
+        write_table(run_dir / f"fold{k}_test.csv", test)
+    write_json(run_dir / f"fold{k}_metrics.json", {"fold": k, "checkpoint": sha256(run_dir / f"fold{k}_best.pt"), **facts})
+
+
+def collect(run_dir: Path, data: Data) -> dict:
+    """Make the shared files of a run of those of its finished folds; returns the metrics.
+
+    Calls that finish at the same time may both collect: each starts over if a fold came in meanwhile.
+    """
+
+    def gather(name: str) -> pd.DataFrame | None:
+        paths = [run_dir / f"fold{k}_{name}.csv" for k in folds]
+        tables = [read_csv(path, text=(ID,)) for path in paths if path.exists()]
+        return pd.concat(tables, ignore_index=True) if tables else None
+
+    def finished() -> list[int]:
+        return sorted(int(path.name[4:-13]) for path in run_dir.glob("fold*_metrics.json"))
+
+    folds = None
+    while folds != finished():
+        folds = finished()
+        oof, log = gather("oof"), gather("log")
+        place = pd.Series(np.arange(len(data.train)), index=data.train[ID])
+        oof = oof.iloc[np.argsort(place[oof[ID]].to_numpy())]
+        for name in ("log", "gates", "prune"):
+            if (table := gather(name)) is not None:
+                write_table(run_dir / f"{name}.csv", table)
+        plot_curves(run_dir / "curves.png", log)
+        facts = [read_json(run_dir / f"fold{k}_metrics.json") for k in folds]
+        metrics = write_run(run_dir, oof, gather("test"), data, facts)
+    return metrics
