@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python
 # small networks from scratch: the ImageNet recipe that train.py defaults to would not fit here
-SMALL := --weights none --fold all --backbone regnet_tiny --hidden 64 --dropout 0 --loss bce \
-         --lr 1e-3 --head_lr 1e-3 --schedule cosine --patience 20 --batch_size 8 --workers 0
-DEMO := --runs_dir demo/runs --data_dir demo/data
+SMALL := --weights none --backbone regnet_tiny --hidden 64 --dropout 0 --loss bce --lr 1e-3 --head_lr 1e-3 \
+         --schedule cosine --patience 20 --batch_size 8 --workers 0
+SEED ?= 0
+DEMO := --runs_dir demo/runs --data_dir demo/data --fold all --seed $(SEED)
 
 .PHONY: demo test lint example_weights clean
 
@@ -14,9 +15,8 @@ demo: .venv/installed
 	$(RUN) preprocess.py --output_dir demo/data
 	$(RUN) train.py --model resnet $(DEMO) $(SMALL) --epochs 20
 	$(RUN) train.py --model chipnet $(DEMO) $(SMALL) --epochs 20
-	$(RUN) crop.py --source 'attention*saliency' --run demo/runs/chipnet --data_dir demo/data \
-	    --backbone regnet_tiny --weights none
-	$(RUN) train.py --model cropnet --crop_dir demo/data/crops/chipnet_saliency $(DEMO) $(SMALL) --epochs 12
+	$(RUN) crop.py --run demo/runs/chipnet --data_dir demo/data --backbone regnet_tiny --weights none
+	$(RUN) train.py --model cropnet $(DEMO) $(SMALL) --epochs 12
 	$(RUN) train.py --model fsg_vit $(DEMO) $(SMALL) --backbone vit_tiny --epochs 20
 	$(RUN) ensemble.py weights --runs_dir demo/runs
 	$(RUN) example_data/report.py --demo_dir demo

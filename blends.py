@@ -57,7 +57,7 @@ BLENDS = {
 
 
 def values_of(blend: Blend, prob: np.ndarray, fold: np.ndarray, history: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """What a blend averages (N, K), made of prob (N, K) by fold (N,); history (H, K): held-out rows, of folds held (H,)."""
+    """What a blend averages (N, K), of prob (N, K) by fold (N,); history (H, K), held (H,): held-out rows and folds."""
     values = np.empty(prob.shape)
     for k in np.unique(fold):
         for column in range(prob.shape[1]):

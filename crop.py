@@ -50,23 +50,20 @@ EDGE = 0.5  # pixels by which a given box may leave its image: detectors round
 
 
 # ---------------------------------------------------------------- where maps or boxes come from
-def find_networks(run_dir: Path, needs: str, data: Data) -> dict[int, Path]:
+def find_networks(run_dir: Path, source: localize.Source, data: Data) -> dict[int, Path]:
     """Checkpoints of a run by fold. Raises InputError if they do not fit the source or saw what they should map."""
     run = read_run(run_dir)
     recipe = models.MODELS.get(run.config["args"].get("model"))  # a blend has none
     if recipe is None or run.config["crop"] is not None or recipe.inputs != ("whole",):
         raise InputError(f"{run_dir} does not look at whole images: it cannot say where to crop; pass one that does")
-    if needs == "attention" and not hasattr(recipe.network, "attention"):
-        raise InputError(f"{run_dir} is no ChipNet run: it has no attention to crop by; pass one, or --source gradcam")
+    if hasattr(recipe.network, "attention") != (source.needs == "attention"):
+        raise InputError(f"{run_dir} does not fit this --source: attention needs a ChipNet run, gradcam another")
     found = {k: run.checkpoint(k) for k in run.folds}
     for k, path in found.items():
         check_unseen(path, models.read_torch_file(path).get("trained_on"), data.folds_sha256, k)
-    missing = sorted(set(range(data.facts["n_folds"])) - set(found))
+    missing = ", ".join(str(k) for k in range(data.facts["n_folds"]) if k not in found)
     if missing:
-        print(
-            f"fold {', '.join(map(str, missing))} of {run_dir} is not trained: its images are cropped by networks that "
-            "saw them (oof = 0 in train_boxes.csv)"
-        )
+        print(f"fold {missing} of {run_dir} is not trained: networks that saw its images crop them (oof = 0)")
     return found
 
 
@@ -87,8 +84,7 @@ def learn_saliencies(data: Data, path: Path, args: argparse.Namespace, device: t
 
 def read_boxes(path: Path, table: pd.DataFrame) -> list[Box]:
     """Boxes of a table's images from a csv, made square; the whole square for images that have none there."""
-    given = read_table(path, CORNERS)
-    given = given.dropna(subset=CORNERS, how="all")
+    given = read_table(path, CORNERS).dropna(subset=CORNERS, how="all")
     corners = np.column_stack([numbers(given, column, path) for column in CORNERS])
     found, boxes = dict(zip(given[ID].map(name_key), corners, strict=True)), []
     for name, width, height in table[[ID, "width", "height"]].itertuples(index=False, name=None):
@@ -97,10 +93,8 @@ def read_boxes(path: Path, table: pd.DataFrame) -> list[Box]:
             continue
         x0, y0, x1, y1 = found[name_key(name)]
         if not (-EDGE <= x0 < x1 <= width + EDGE and -EDGE <= y0 < y1 <= height + EDGE):
-            raise InputError(
-                f"{path}: the box of {name}, {x0:g} {y0:g} {x1:g} {y1:g}, does not lie in its {width} x {height} px; "
-                "corners are pixels of the upright original, x0 < x1 and y0 < y1"
-            )
+            where = f"{x0:g} {y0:g} {x1:g} {y1:g}, does not lie in its {width} x {height} px"
+            raise InputError(f"{path}: the box of {name}, {where}; corners are pixels of the upright original")
         x, y, half = (x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) / 2
         boxes.append(localize.widen(Box(x - half, y - half, x + half, y + half), 1.0, (width, height)))
     return boxes
@@ -149,7 +143,7 @@ class Cropper:
             shape = finder.maps(self.stored[[0]], device, amp=args.amp).shape
             path = self.folder / f"{self.split}_attention.npy"
             self.arrays["attention"] = PartialArray(path, (n, *shape[1:]), np.float32)
-        filling = Filling(self.folder / f"{self.split}_done.npy", self.arrays, n)
+        filling = Filling(self.folder / f"{self.split}_done.npy", list(self.arrays.values()), n)
 
         def work(row: int, attention: np.ndarray | None) -> int:
             size = self.originals[row]
@@ -163,7 +157,6 @@ class Cropper:
             return 1
 
         with tqdm(total=n, desc=f"crop {self.split}", unit="image") as bar:
-            bar.update(n - len(filling.todo(np.arange(n))))
             for rows, folds, _ in self.groups(finder):
 
                 def maps_of(chunk: np.ndarray, folds=folds) -> np.ndarray:
@@ -238,9 +231,7 @@ def main(args: argparse.Namespace) -> Path:
     device, data = pick_device(args.device), read_data(args.data_dir)
     args.batch_size = args.batch_size or (16 if device.type == "cpu" else 256)
     folder = (args.output_dir or data.directory / "crops") / default_name(args, source)
-    if folder.resolve() == data.directory.resolve():
-        raise InputError(f"{folder} is --data_dir itself; pass another --output_dir")
-    found = find_networks(args.run, source.needs, data) if source and source.needs else {}
+    found = find_networks(args.run, source, data) if source and source.needs else {}
     croppers = [Cropper(split, data, folder, args) for split in data.tables()]
     how = {key: getattr(args, key) for key in ("source", "rule", "views", "shifts", "amp")}
     how["num_devs"] = args.num_devs if args.rule == "original" else None
@@ -278,7 +269,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__, "data_dir", "amp", "device", "workers", "limit", "overwrite")
     add, count = parser.add_argument, util.COUNT
-    add("--source", choices=(*localize.SOURCES, "boxes"), default="attention*saliency", help="where maps or boxes come from")
+    add("--source", choices=(*localize.SOURCES, "boxes"), default="attention*saliency", help="of maps or boxes")
     add("--run", type=Path, default=Path("runs/chipnet"), help="of attention (a ChipNet run) and gradcam")
     add("--backbone", default="resnet50", help="of the saliency: as in train.py")
     add("--weights", default="imagenet", help="of it: imagenet, none or a file")
@@ -286,7 +277,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image_dir", type=Path, nargs="+", help="originals [as preprocessed]")
     add("--output_dir", type=Path, help="where to write NAME/ [crops/ in data_dir]")
     add("--rule", choices=sorted(localize.RULES), default="component", help="how a box is found in a map")
-    add("--num_devs", type=util.number(float, -100, 100), default=1.5, help="threshold of --rule original: mean + num_devs * std")
+    add("--num_devs", type=util.number(float, -100, 100), default=1.5, help="--rule original: mean + num_devs * std")
     add("--views", type=int, choices=(1, 2, 4, 8), default=4, help="symmetries over which maps are averaged")
     add("--shifts", type=int, choices=(1, 2), default=2, help="2: chips also shifted by half, for a map twice as fine")
     add("--batch_size", type=count, help="images that networks see at a time [16; 256 on a GPU]")

@@ -37,11 +37,9 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 # ---------------------------------------------------------------- augmentation
 class DrawHair(A.ImageOnlyTransform):
-    """Dark, blurred arcs over a square uint8 image, so that networks learn to look past hair.
-
-    Numbers, widths, colours, opacities and the share of hairy images are the original's. Overlays are drawn once into a
-    bank and varied by the symmetries of the square, which is some hundred times cheaper than drawing each time.
-    """
+    """Dark, blurred arcs over a square uint8 image, so that networks learn to look past hair. Numbers, widths, colours,
+    opacities and the share of hairy images are the original's. Overlays are drawn once into a bank and varied by the
+    symmetries of the square, which is some hundred times cheaper than drawing each time."""
 
     def __init__(self, size: int, bank_size: int = 64, p: float = 0.8):
         super().__init__(p=p)
@@ -123,10 +121,8 @@ class TurnAndTint(A.DualTransform):
 
 
 def train_transform(size: int, shift: int = 0) -> A.Compose:
-    """The augmentation of training: hair, flips, any rotation, brightness, contrast, saturation.
-
-    shift: also moves the image by up to so many pixels, for networks that cut it into chips.
-    """
+    """The augmentation of training: hair, flips, any rotation, brightness, contrast, saturation. shift: also moves the
+    image by up to so many pixels, for networks that cut it into chips."""
     return A.Compose([DrawHair(size), TurnAndTint(shift)])
 
 
@@ -143,12 +139,9 @@ class Stored:
 
 
 class Jittered:
-    """Crops for training: the box moved and scaled a little, now and then the whole image.
-
-    They are cut from wide crops, in which the box of row i is the square at x, y = place[i, :2] with side place[i, 2],
-    in fractions of the wide crop. So a network meets boxes as inexact as those of new images will be, without an array
-    per epoch.
-    """
+    """Crops for training: the box moved and scaled a little, now and then the whole image. They are cut from wide
+    crops, in which the box of row i is the square at x, y = place[i, :2] with side place[i, 2], in fractions of the
+    wide crop. So a network meets boxes as inexact as those of new images will be, without an array per epoch."""
 
     def __init__(self, wide: Stored, whole: Stored, place: np.ndarray, size: int):
         self.wide, self.whole, self.place, self.size = wide, whole, place, size
@@ -205,19 +198,14 @@ class Batch(NamedTuple):
 
 
 class ImageDataset(Dataset):
-    """Rows of one or more picture sources with their metadata and target; the pictures of a row are stacked.
-
-    An index is an item, or for training (item, weight, (seed, position)): a draw whose augmentation depends on its
-    place in the epoch alone, so that neither the number of workers nor that of processes changes what a network sees.
-    """
+    """Rows of one or more picture sources with their metadata and target; the pictures of a row are stacked. An index
+    is an item, or for training (item, weight, (seed, position)): a draw whose augmentation depends on its place in the
+    epoch alone, so that neither the number of workers nor that of processes changes what a network sees."""
 
     def __init__(self, sources: list, rows, meta, target=None, transform=None, guide: Guide | None = None):
         self.sources, self.guide, self.rows = sources, guide, np.asarray(rows)
         self.meta = np.asarray(meta, dtype=np.float32)
         self.target = np.zeros(len(self.rows)) if target is None else np.asarray(target)
-        if not len(self.rows) == len(self.meta) == len(self.target):
-            lengths = len(self.rows), len(self.meta), len(self.target)
-            raise ValueError("{} rows, {} of metadata and {} targets do not match".format(*lengths))
         self.transform = transform or A.Compose([])
 
     def __len__(self) -> int:
@@ -243,9 +231,7 @@ class ImageDataset(Dataset):
 
 def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDataset], MetaEncoder]:
     """Images of fold k to "train" on, "valid" (held out) and "test", if there are any, with their metadata encoder.
-
-    args: crop_dir, jitter, limit, meta_cols and guide of train.py; recipe: of the network (models.MODELS).
-    """
+    args: crop_dir, jitter, limit, meta_cols and guide of train.py; recipe: of the network (models.MODELS)."""
     crop_dir, tables = args.crop_dir, data.tables()
     if crop_dir is not None:
         tables = {split: with_boxes(table, crop_dir, split) for split, table in tables.items()}
@@ -291,10 +277,7 @@ def draw_order(target: np.ndarray, sampler: str, seed: int) -> np.ndarray:
     rng, items = np.random.default_rng(seed), np.arange(len(target))
     if sampler == "balanced":
         by_class = [np.flatnonzero(np.asarray(target) == label) for label in (0, 1)]
-        counts = [len(rows) for rows in by_class]
-        if min(counts) == 0:
-            raise ValueError("a balanced sampler needs rows of both classes")
-        extra = [rng.choice(rows, max(counts) - len(rows)) for rows in by_class]
+        extra = [rng.choice(rows, max(map(len, by_class)) - len(rows)) for rows in by_class]
         items = np.concatenate([*by_class, *extra])
     return rng.permutation(items)
 
@@ -339,7 +322,7 @@ class TrainLoader:
         return sum(len(shares) for _, shares in self.batches)
 
     def epoch(self, seed: int) -> Iterator[tuple[int, list[Batch]]]:
-        """(items in the whole batch, this process's parts of it), for all batches; `seed` fixes order and augmentation."""
+        """(items in the whole batch, this process's parts of it), batch by batch; `seed` fixes all draws."""
         self._epoch, self._seed = draw_order(self.images.target, self.sampler, seed).tolist(), seed
         self.batches = cut_batches(len(self._epoch), *self.how)
         loaded = iter(self._loader)

@@ -30,15 +30,13 @@ from util import FOLD, ID, PROB, TARGET, InputError
 
 def find_runs(names: list[str] | None, runs_dir: Path, blend: str) -> list[Run]:
     """Runs to blend; without names all finished ones that are no blends."""
-    if names is None:
-        runs = [read_run(path.parent) for path in sorted(runs_dir.glob("*/metrics.json"))]
-        runs = [run for run in runs if not run.is_blend]
-        if not runs:
-            raise InputError(f"{runs_dir} holds no finished run; train one first")
-        return runs
-    runs = [read_run(runs_dir / name if (runs_dir / name).is_dir() else Path(name)) for name in names]
-    if len({run.name for run in runs} | {blend}) <= len(runs):
-        raise InputError(f"--runs {' '.join(names)}: name each run once, and not --name {blend}")
+    found = [path.parent for path in sorted(runs_dir.glob("*/metrics.json"))]
+    if names is not None:
+        found = [runs_dir / name if (runs_dir / name).is_dir() else Path(name) for name in names]
+    runs = [run for run in map(read_run, found) if names is not None or not run.is_blend]
+    if not runs or len({run.name for run in runs} | {blend}) <= len(runs):
+        given = " ".join(names or [str(runs_dir)])
+        raise InputError(f"--runs {given}: name finished runs, each once, and not {blend}; or train one first")
     return runs
 
 
@@ -50,26 +48,21 @@ def align(runs: list[Run], name: str, keys: list[str]) -> tuple[pd.DataFrame, np
     if joined.isna().any(axis=None) or len(sizes) > 1:
         lacking = joined.isna().any(axis=0)
         who = ", ".join(lacking.index[lacking]) or min(tables, key=lambda run: len(tables[run]))
-        raise InputError(f"the runs do not predict the same rows of {name}: compare {who} with the others; train the same "
-                         "folds of the same data or name the runs to blend with --runs")  # fmt: skip
+        raise InputError(f"the runs predict other rows of {name}: {who} differs; train the same folds, or pass --runs")
     return joined.index.to_frame(index=False), joined.to_numpy()
 
 
 def parse_weights(words: list[str], names: list[str]) -> np.ndarray:
     """Weights (K,) given as NAME=W, scaled to sum 1; runs not named get 0."""
-    weights = dict.fromkeys(names, 0.0)
-    for word in words:
-        name, _, value = word.partition("=")
-        try:
-            weights[name] = float(value)
-        except ValueError:
-            raise InputError(f"--weights {word}: write NAME=NUMBER, as in resnet=0.5") from None
-        if name not in names:
-            raise InputError(f"--weights {word}: the runs are {', '.join(names)}; name some of these")
-    given = np.array([weights[name] for name in names])
-    if not np.isfinite(given).all() or given.min() < 0 or given.sum() <= 0:
-        raise InputError(f"--weights {' '.join(words)}: weights are positive numbers; write some")
-    return given / given.sum()
+    given = dict(word.rpartition("=")[::2] for word in words)
+    try:
+        weights = np.array([float(given.pop(name, 0)) for name in names])
+        if given or not 0 < weights.sum() < np.inf or weights.min() < 0:
+            raise ValueError
+    except ValueError:
+        how = f"write NAME=NUMBER, with a positive number and a name of {', '.join(names)}"
+        raise InputError(f"--weights {' '.join(words)}; {how}") from None
+    return weights / weights.sum()
 
 
 def halves(target: np.ndarray, group: np.ndarray) -> np.ndarray:
@@ -79,8 +72,7 @@ def halves(target: np.ndarray, group: np.ndarray) -> np.ndarray:
     part = np.zeros(len(target), dtype=int)
     part[next(StratifiedGroupKFold(2).split(target, target, group))[1]] = 1
     if any(len(np.unique(target[part == label])) < 2 for label in (0, 1)):
-        raise InputError("too few positives to learn weights from one fold; train more folds or give the weights with "
-                         "--weights")  # fmt: skip
+        raise InputError("too few positives to learn weights from one fold; train more folds or pass --weights")
     return part
 
 
@@ -116,8 +108,7 @@ def check_data(runs: list[Run], data: Data) -> None:
     """Raise InputError unless all runs were trained on the folds of the data."""
     for run in runs:
         if run.config["inputs"]["folds"] != data.folds_sha256:
-            raise InputError(f"{run.path} was trained on other data or folds than {data.directory}; pass the --data_dir it "
-                             "was trained on, or name the runs to blend with --runs")  # fmt: skip
+            raise InputError(f"{run.path} has other folds than {data.directory}; pass its --data_dir, or other --runs")
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -130,7 +121,8 @@ def main(args: argparse.Namespace) -> Path:
     target, fold, group = keys[TARGET].to_numpy(), keys[FOLD].to_numpy(), data.group[keys[ID]].to_numpy()
 
     values, gain = values_of(blend, prob, fold, prob, fold), None
-    weights = np.full(len(runs), 1 / len(runs)) if not args.weights else parse_weights(args.weights, [r.name for r in runs])
+    names = [run.name for run in runs]
+    weights = parse_weights(args.weights or [f"{name}=1" for name in names], names)
     average = values @ weights
     if blend.learn and not args.weights:
         weights = blend.learn(values, target)
@@ -143,14 +135,13 @@ def main(args: argparse.Namespace) -> Path:
         test[PROB] = blend.score(test_values @ weights)
 
     if folder.exists():
-        if not (folder / "config.json").exists() or "members" not in read_json(folder / "config.json"):
-            raise InputError(f"{folder} holds something else than a blend; pass another --name")
-        if (folder / "metrics.json").exists() and not args.overwrite:
-            raise InputError(f"{folder} is already finished; pass --overwrite to replace it")
+        is_blend = (folder / "config.json").exists() and "members" in read_json(folder / "config.json")
+        if not is_blend or ((folder / "metrics.json").exists() and not args.overwrite):
+            raise InputError(f"{folder} is already there; pass another --name, or --overwrite to replace a blend")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    members = [{"run": os.path.relpath(run.path, folder), "weight": weight, "metrics": sha256(run.path / "metrics.json")}
-               for run, weight in zip(runs, weights, strict=True)]  # fmt: skip
+    places = [{"run": os.path.relpath(run.path, folder), "metrics": sha256(run.path / "metrics.json")} for run in runs]
+    members = [place | {"weight": weight} for place, weight in zip(places, weights, strict=True)]
     config = {"args": vars(args) | {"data_dir": data.directory.resolve()}, "members": members,
               "inputs": {"folds": data.folds_sha256}}  # fmt: skip
     write_json(folder / "config.json", config | provenance())

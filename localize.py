@@ -16,8 +16,8 @@ References:
     2016: the closed form.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -80,19 +80,11 @@ class Box:
 
 # ---------------------------------------------------------------- maps
 @torch.no_grad()
-def attention_maps(
-    sources: list,
-    array: np.ndarray,
-    device: torch.device | str,
-    views: int = 1,
-    batch_size: int = 16,
-) -> np.ndarray:
+def attention_maps(sources: list, array: np.ndarray, device, views: int = 1, batch_size: int = 16) -> np.ndarray:
     """Mean attention of several sources: array (N, S, S, 3) uint8 -> float32 (N, h, w)."""
     maps = []
-    for start in range(0, len(array), batch_size):
-        image = torch.from_numpy(np.array(array[start : start + batch_size]))
-        image = image.permute(0, 3, 1, 2).to(device)
-        each = [source.attention(image, views) for source in sources]
+    for image in torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).split(batch_size):
+        each = [source.attention(image.to(device), views) for source in sources]
         maps.append(torch.stack(each).mean(dim=0).float().cpu().numpy())
     return np.concatenate(maps)
 
@@ -103,61 +95,45 @@ def normalised(score: torch.Tensor) -> torch.Tensor:
     return score / score.sum(dim=(1, 2), keepdim=True)
 
 
-@contextmanager
-def hooked(backbone: nn.Module, names: list[str], record: Callable) -> Iterator[None]:
-    """Within the block, the named modules call their forward hook record(name)."""
-    handles = [backbone.get_submodule(name).register_forward_hook(record(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def find_stages(network: nn.Module, image: torch.Tensor) -> dict[int, str]:
-    """Names of the modules of network.backbone that end a stage, by their stride.
-
-    Of all modules with an output (N, C, S / stride, S / stride), the least nested and of those the last: the output of
-    a stage, not of a layer inside one of its blocks.
-    """
-    found: dict[int, tuple[int, str]] = {}
-
-    def record(name: str):
-        def hook(module, inputs, output):
-            if not isinstance(output, torch.Tensor) or output.ndim != 4:
-                return
-            if output.shape[-1] == output.shape[-2] > 1:
-                stride = round(image.shape[-1] / output.shape[-1])
-                depth = name.count(".")
-                if stride not in found or depth <= found[stride][0]:
-                    found[stride] = depth, name
-
-        return hook
-
-    names = [name for name, _ in network.backbone.named_modules() if name]
-    with hooked(network.backbone, names, record):
-        network.backbone(network.normalise(image[:1]))
-    return {stride: name for stride, (_, name) in found.items()}
-
-
 def run_backbone(network: nn.Module, names: list[str], forward: Callable) -> tuple:
-    """(what forward() returns, outputs of the named modules of network.backbone)."""
+    """(what forward() returns, outputs of the named modules of network.backbone by name, the last to finish last)."""
     outputs: dict[str, torch.Tensor] = {}
 
     def record(name: str):
-        return lambda module, inputs, output: outputs.update({name: output})
+        def hook(module, inputs, output):
+            outputs.pop(name, None)
+            outputs[name] = output
 
-    with hooked(network.backbone, names, record):
+        return hook
+
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(network.backbone.get_submodule(name).register_forward_hook(record(name)))
         result = forward()
-    return result, [outputs[name] for name in names]
+    return result, outputs
+
+
+def find_stages(network: nn.Module, image: torch.Tensor) -> dict[int, str]:
+    """Names of the modules of network.backbone that end a stage, by their stride. Of all modules with an output (N, C,
+    S / stride, S / stride), the least nested and of those the last: the output of a stage, not of a layer inside one of
+    its blocks."""
+    names = [name for name, _ in network.backbone.named_modules() if name]
+    _, outputs = run_backbone(network, names, lambda: network.backbone(network.normalise(image[:1])))
+    found: dict[int, str] = {}
+    for name, output in outputs.items():
+        if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[-1] == output.shape[-2] > 1:
+            stride = round(image.shape[-1] / output.shape[-1])
+            if stride not in found or name.count(".") <= found[stride].count("."):
+                found[stride] = name
+    if not set(SALIENCY_STRIDES) <= found.keys():  # a transformer has one stride only
+        raise InputError("saliency and Grad-CAM need a convolutional backbone with strides 4, 8, 16, such as resnet50")
+    return found
 
 
 class Saliency:
-    """What differs from the background, told by the features of a network that knows no lesion.
-
-    A linear score on multi-scale features, their contrast to the border of the picture, and the Mahalanobis distance of
-    the colour from the border's. Without a score it is that distance.
-    """
+    """What differs from the background, told by the features of a network that knows no lesion. A linear score on
+    multi-scale features, their contrast to the border of the picture, and the Mahalanobis distance of the colour from
+    the border's. Without a score it is that distance."""
 
     def __init__(self, network: nn.Module, weight: torch.Tensor | None = None, bias: float = 0.0):
         self.network, self.weight, self.bias = network, weight, bias
@@ -167,11 +143,10 @@ class Saliency:
         """image uint8 (N, 3, S, S) -> (N, D, S / 4, S / 4); the last channel is the distance."""
         if self._stages is None:
             found = find_stages(self.network, image)
-            if not set(SALIENCY_STRIDES) <= found.keys():
-                raise InputError("saliency needs a convolutional backbone such as resnet50")
             self._stages = [found[stride] for stride in SALIENCY_STRIDES]
         network = self.network
-        _, stages = run_backbone(network, self._stages, lambda: network.backbone(network.normalise(image)))
+        _, outputs = run_backbone(network, self._stages, lambda: network.backbone(network.normalise(image)))
+        stages = [outputs[name] for name in self._stages]
         grid = stages[0].shape[-1]
         color = F.adaptive_avg_pool2d(image.float() / 255, grid)
         color = F.avg_pool2d(F.pad(color, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -199,11 +174,9 @@ class Saliency:
 
 
 def background_distance(color: torch.Tensor, border: torch.Tensor) -> torch.Tensor:
-    """Mahalanobis distance (N, n, n) of colours (N, 3, n, n) in 0..1 from those of the border.
-
-    The border's colours are described without the 30 % farthest from their median (hair, ruler, a lesion that reaches
-    it), with a floor of 1.4 % of the range on their spread.
-    """
+    """Mahalanobis distance (N, n, n) of colours (N, 3, n, n) in 0..1 from those of the border. The border's colours are
+    described without the 30 % farthest from their median (hair, ruler, a lesion that reaches it), with a floor of 1.4 %
+    of the range on their spread."""
     sample = color[:, :, border].transpose(1, 2)  # (N, P, 3)
     away = (sample - sample.median(dim=1, keepdim=True).values).square().sum(dim=2)
     nearest = away.argsort(dim=1)[:, : int(0.7 * sample.shape[1])]
@@ -218,11 +191,9 @@ def background_distance(color: torch.Tensor, border: torch.Tensor) -> torch.Tens
 
 
 def fit_saliency(network: nn.Module, array: np.ndarray, rows: np.ndarray, device, seed: int = 0) -> Saliency:
-    """Learn a Saliency from some rows of images (N, S, S, 3) uint8 alone, no labels.
-
-    Pseudo labels are the blobs that stand out from the border's colours; a logistic regression on the features keeps
-    what these blobs have in common over all images. Raises InputError where there are none.
-    """
+    """Learn a Saliency from some rows of images (N, S, S, 3) uint8 alone, no labels. Pseudo labels are the blobs that
+    stand out from the border's colours; a logistic regression on the features keeps what these blobs have in common
+    over all images. Raises InputError where there are none."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -243,8 +214,7 @@ def fit_saliency(network: nn.Module, array: np.ndarray, rows: np.ndarray, device
             labels.append(blobs.ravel()[pixels])
     labels = np.concatenate(labels)
     if labels.min() == labels.max():
-        raise InputError("saliency finds nothing that differs from the images' borders; pass "
-                          "another --source")  # fmt: skip
+        raise InputError("saliency finds nothing that differs from the images' borders; pass another --source")
     scaler = StandardScaler(copy=False).fit(inputs)
     fit = LogisticRegression(C=FIT_C, max_iter=200)
     fit.fit(scaler.transform(inputs), labels)
@@ -254,11 +224,9 @@ def fit_saliency(network: nn.Module, array: np.ndarray, rows: np.ndarray, device
 
 
 class GradCam:
-    """Where a trained network finds evidence, for either class: |Grad-CAM - its median|.
-
-    Grad-CAM of the logit on the last feature map, its sign kept. Where the head is pooling and one linear layer it is
-    computed in closed form, without a backward pass.
-    """
+    """Where a trained network finds evidence, for either class: |Grad-CAM - its median|. Grad-CAM of the logit on the
+    last feature map, its sign kept. Where the head is pooling and one linear layer it is computed in closed form,
+    without a backward pass."""
 
     def __init__(self, network: nn.Module, meta: np.ndarray | None = None):
         self.network = network  # meta: encoded metadata (1, M) that counts as missing everywhere
@@ -270,10 +238,9 @@ class GradCam:
         network = self.network
         if self._stage is None:
             found = find_stages(network, image)
-            if len(found) < 2:  # a transformer has its patches only
-                raise InputError("Grad-CAM needs a convolutional backbone such as resnet50")
             self._stage = found[max(found)]
-        pooled, (maps,) = run_backbone(network, [self._stage], lambda: network.backbone(network.normalise(image)))
+        pooled, outputs = run_backbone(network, [self._stage], lambda: network.backbone(network.normalise(image)))
+        maps = outputs[self._stage]
         if maps.shape[1] == pooled.shape[1] and torch.allclose(maps.mean(dim=(2, 3)), pooled, rtol=1e-3, atol=1e-5):
             weight = network.head[-1].weight[0, : maps.shape[1]]
             return torch.einsum("nchw,c->nhw", maps, weight) / maps[0, 0].numel()
@@ -284,7 +251,8 @@ class GradCam:
         network = self.network
         meta = self.meta.to(image.device).expand(len(image), -1)
         with torch.enable_grad():
-            logit, (maps,) = run_backbone(network, [self._stage], lambda: network(image, meta))
+            logit, outputs = run_backbone(network, [self._stage], lambda: network(image, meta))
+            maps = outputs[self._stage]
             (gradient,) = torch.autograd.grad(logit.sum(), maps)
         return (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).detach()
 
@@ -315,10 +283,8 @@ class Product:
 
 @dataclass(frozen=True)
 class Source:
-    """A way to make maps: make(network, saliency, meta) -> something with attention(image, views).
-
-    needs: what the network of a trained run must have, None if no run is needed; saliency: whether one is learned.
-    """
+    """A way to make maps: make(network, saliency, meta) -> something with attention(image, views). needs: "attention"
+    or "maps" of a trained run's networks, None if no run is needed; saliency: whether one is learned."""
 
     make: Callable
     needs: str | None = None
@@ -328,7 +294,7 @@ class Source:
 SOURCES = {
     "attention*saliency": Source(lambda net, saliency, meta: Product(net, saliency), "attention", saliency=True),
     "attention": Source(lambda net, saliency, meta: net, "attention"),
-    "gradcam": Source(lambda net, saliency, meta: GradCam(net, meta), "backbone"),
+    "gradcam": Source(lambda net, saliency, meta: GradCam(net, meta), "maps"),
     "saliency": Source(lambda net, saliency, meta: saliency, saliency=True),
 }
 
@@ -371,10 +337,8 @@ def otsu(raster: np.ndarray) -> float:
 
 
 def pick_blobs(raster: np.ndarray, threshold: float) -> np.ndarray:
-    """Blobs of a map (n, n) above a threshold that are, or belong to, the subject: bool (n, n).
-
-    A blob counts by its mass, less far from the centre, and less where the frame cuts it off.
-    """
+    """Blobs of a map (n, n) above a threshold that are, or belong to, the subject: bool (n, n). A blob counts by its
+    mass, less far from the centre, and less where the frame cuts it off."""
     mask = (raster >= threshold).astype(np.uint8)
     count, labels = cv2.connectedComponents(mask, connectivity=8)
     offset = (np.arange(len(raster)) + 0.5) / len(raster) - 0.5
@@ -467,10 +431,8 @@ class Finder:
 
     @classmethod
     def load(cls, folder: Path, facts: dict, device: torch.device) -> "Finder":
-        """The Finder of a crop directory, from the networks in it; facts: of its crop.json.
-
-        Raises InputError if a network is not the one that was hashed, or if the boxes came from a csv.
-        """
+        """The Finder of a crop directory, from the networks in it; facts: of its crop.json. Raises InputError if a
+        network is not the one that was hashed, or if the boxes came from a csv."""
         if facts["source"] not in SOURCES:
             raise InputError(f"{folder} was cut by boxes from a csv; new images have none: use other crops")
         check_hashes(folder, facts["networks"], "crop and train again")

@@ -17,11 +17,9 @@ from torchvision.ops import sigmoid_focal_loss
 
 
 def focal_loss(logit: torch.Tensor, target: torch.Tensor, gamma: float = 2.0, pos_weight: float = 1.0) -> torch.Tensor:
-    """Focal loss (N,) of logit (N, 1) and target (N,) in 0..1; gamma 0 is cross-entropy.
-
-    A target between 0 and 1 is that share of a positive's loss and the rest of a negative's. pos_weight: of the
-    positives. Lin et al. 2017, equation 4.
-    """
+    """Focal loss (N,) of logit (N, 1) and target (N,) in 0..1; gamma 0 is cross-entropy. A target between 0 and 1 is
+    that share of a positive's loss and the rest of a negative's. pos_weight: of the positives. Lin et al. 2017,
+    equation 4."""
     logit, loss = logit.squeeze(1), partial(sigmoid_focal_loss, alpha=-1, gamma=gamma)
     positive, negative = loss(logit, torch.ones_like(target)), loss(logit, torch.zeros_like(target))
     return pos_weight * target * positive + (1 - target) * negative

@@ -65,14 +65,11 @@ class Network(nn.Module):
     def _count_features(self, name: str, size: int) -> int:
         self.backbone.eval()
         try:
-            shape = self.backbone(torch.zeros(1, 3, size, size)).shape
-        except Exception as error:  # whatever a network says to a size it cannot take
-            raise InputError(f"backbone {name} cannot take {size} px images ({error}); take another") from None
-        finally:
-            self.backbone.train()
-        if len(shape) != 2:
-            raise InputError(f"backbone {name} gives {tuple(shape)}, not (N, C); take another")
-        return shape[1]
+            _, features = self.backbone(torch.zeros(1, 3, size, size)).shape
+        except Exception as error:  # whatever a network says to a size it cannot take, or an output that is not (N, C)
+            raise InputError(f"backbone {name} makes no features of {size} px images ({error}); take another") from None
+        self.backbone.train()
+        return features
 
     def normalise(self, image: torch.Tensor) -> torch.Tensor:
         """Bring uint8, or float in 0..1, to the distribution the backbone was trained on."""
@@ -81,11 +78,9 @@ class Network(nn.Module):
         return (image - self.mean) / self.std
 
     def param_groups(self, lr: float, head_lr: float, layer_decay: float | None = None) -> list[dict]:
-        """Parameter groups: the backbone at `lr`, everything else but gates at `head_lr`.
-
-        layer_decay: factor on `lr` from each layer of a ViT to the one before; the last group of the backbone comes
-        first. Raises InputError if the backbone is no ViT.
-        """
+        """Parameter groups: the backbone at `lr`, everything else but gates at `head_lr`. layer_decay: factor on `lr`
+        from each layer of a ViT to the one before; the last group of the backbone comes first. Raises InputError if the
+        backbone is no ViT."""
         body = fsg.weight_parameters(self.backbone)
         ids = {id(p) for p in body}
         groups = [{"params": body, "lr": lr}]
@@ -117,11 +112,9 @@ def layers_of(backbone: nn.Module, ids: set[int]) -> list[list[nn.Parameter]]:
 
 
 class MetaResNet(Network):
-    """Image features and metadata features, concatenated, one linear head.
-
-    Any backbone serves; without metadata (meta_dim 0) the second branch is absent. With several pictures of a case
-    (whole image and crop) one backbone reads each, and the head reads all.
-    """
+    """Image features and metadata features, concatenated, one linear head. Any backbone serves; without metadata
+    (meta_dim 0) the second branch is absent. With several pictures of a case (whole image and crop) one backbone reads
+    each, and the head reads all."""
 
     def __init__(self, spec: Spec, weights: str = "none"):
         super().__init__(spec, weights)
@@ -157,11 +150,9 @@ def spatial_softmax(score: torch.Tensor) -> torch.Tensor:
 
 
 class ChipNet(Network):
-    """Attention over chips that cannot see each other: says where the evidence lies.
-
-    Chips of 32 px go through the backbone one by one; two 3x3 convolutions over their grid of embeddings and a softmax
-    weigh them; the weighted sum is classified. Metadata is not used.
-    """
+    """Attention over chips that cannot see each other: says where the evidence lies. Chips of 32 px go through the
+    backbone one by one; two 3x3 convolutions over their grid of embeddings and a softmax weigh them; the weighted sum
+    is classified. Metadata is not used."""
 
     uses_meta = False
     chip, shift = CHIP, CHIP // 2  # training moves images by as much as crop.py shifts the chips
@@ -169,7 +160,7 @@ class ChipNet(Network):
 
     def __init__(self, spec: Spec, weights: str = "none"):
         if spec.image_size % CHIP:
-            raise InputError(f"ChipNet needs images of a multiple of {CHIP} px, not {spec.image_size}; preprocess again")
+            raise InputError(f"ChipNet needs images of a multiple of {CHIP} px, not {spec.image_size}; set --size")
         super().__init__(spec, weights, input_size=CHIP)
         skip_padding(self.backbone)  # a chip ends as a map of one pixel
         self.scorer = nn.Sequential(
@@ -197,11 +188,8 @@ class ChipNet(Network):
         return spatial_softmax(self.scorer(embedding).squeeze(1))
 
     def fine_attention(self, image: torch.Tensor) -> torch.Tensor:
-        """image (N, 3, S, S) -> attention (N, 2h, 2w) of chips that overlap by half.
-
-        The chips of four grids, shifted by half a chip, lie centred on 8 + 16 i pixels; their scores are interleaved
-        before one softmax.
-        """
+        """image (N, 3, S, S) -> attention (N, 2h, 2w) of chips that overlap by half. The chips of four grids, shifted
+        by half a chip, lie centred on 8 + 16 i pixels; their scores are interleaved before one softmax."""
         half = CHIP // 2
         image = image.float() / 255 if image.dtype == torch.uint8 else image
         padded = F.pad(image, (half // 2,) * 4, mode="reflect")
@@ -251,10 +239,8 @@ MODELS = {
 
 
 def build_model(spec: Spec, weights: str = "none") -> Network:
-    """Build a network from its spec; weights: "imagenet", "none", or a file of backbone weights.
-
-    Raises InputError if the parts do not fit together.
-    """
+    """Build a network from its spec; weights: "imagenet", "none", or a file of backbone weights. Raises InputError if
+    the parts do not fit together."""
     model = MODELS[spec.model].network(spec, weights)
     if spec.gates is not None:
         hard = spec.gates == "hard"
@@ -281,22 +267,17 @@ def save_plain(path: Path, **content) -> None:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu", fold: bool = False) -> tuple[Network, dict]:
-    """Rebuild a network from its checkpoint: (model in eval mode, everything saved with it).
-
-    fold: for prediction only; multiplies gates and batch norms into the layers before them. Raises InputError if the
-    file is no checkpoint of this project.
-    """
+    """Rebuild a network from its checkpoint: (model in eval mode, everything saved with it). fold: for prediction only;
+    multiplies gates and batch norms into the layers before them. Raises InputError if the file is no checkpoint of this
+    project."""
     content = read_torch_file(path)
-    if content.get("format") != FORMAT:
-        found = content.get("format")
-        raise InputError(
-            f"{path} has checkpoint format {found}, not {FORMAT}: other weights, or another version's; train again"
-        )
     try:
+        if content.get("format") != FORMAT:
+            raise ValueError(f"format {content.get('format')}, not {FORMAT}")
         model = build_model(Spec(**content["spec"]))
         model.load_state_dict(content["state_dict"])
     except Exception as error:  # whatever a foreign spec or state leads to
-        raise InputError(f"{path} does not fit its own spec ({str(error)[:200]!r}); copy or train it again") from None
+        raise InputError(f"{path} is no checkpoint of this version ({str(error)[:200]!r}); train it again") from None
     model.eval()
     if fold:
         model.backbone = fold_batchnorms(fsg.fold_gates(model.backbone))
@@ -313,10 +294,8 @@ def backbone_state(path: Path) -> dict:
 
 # ---------------------------------------------------------------- prediction
 def dihedral(x: torch.Tensor, view: int, inverse: bool = False) -> torch.Tensor:
-    """One of the 8 symmetries of the square on (..., S, S): two flips and a transposition.
-
-    View 0 is the identity; 0..1 add the horizontal, 0..3 the vertical flip, 0..7 all of them.
-    """
+    """One of the 8 symmetries of the square on (..., S, S): two flips and a transposition. View 0 is the identity; 0..1
+    add the horizontal, 0..3 the vertical flip, 0..7 all of them."""
     flips = [dim for dim, bit in ((-1, 1), (-2, 2)) if view & bit]
     if view & 4 and inverse:
         x = x.transpose(-1, -2)
@@ -340,10 +319,8 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 @torch.inference_mode()
 def predict(model: Network, loader, device: torch.device, tta: int = 1, amp: str = "off") -> np.ndarray:
-    """Probability of every image of a loader, averaged over `tta` symmetries: float64 (N,).
-
-    Raises InputError if one is not finite.
-    """
+    """Probability of every image of a loader, averaged over `tta` symmetries: float64 (N,). Raises InputError if one is
+    not finite."""
     model.eval()
     probs = [np.empty(0)]
     for image, meta, *_ in loader:
@@ -354,5 +331,5 @@ def predict(model: Network, loader, device: torch.device, tta: int = 1, amp: str
         probs.append(logit.sigmoid().mean(dim=0).squeeze(1).numpy())
     prob = np.concatenate(probs)
     if not np.isfinite(prob).all():
-        raise InputError("a prediction is not a number: the network overflows; pass --amp off, or train with a lower --lr")
+        raise InputError("a prediction is not a number: the network overflows; pass --amp off or a lower --lr")
     return prob

@@ -124,7 +124,7 @@ class Blended:
         settings = {(member.size, member.exact) for member in self.members}
         if len(settings) > 1:
             raise InputError(f"{run.path} blends networks for images of other sizes {sorted(settings)}; blend others")
-        ((self.size, self.exact),) = settings
+        self.size, self.exact = settings.pop()
         self.crop = next((member.crop for member in self.members if member.crop is not None), None)
 
     def look(self, images: Images) -> Look | None:
@@ -137,7 +137,8 @@ class Blended:
         parts = [member.predict(images, columns) for member in self.members]
         blended = {}
         for k in parts[0]:
-            values = [self.blend.value(part[k], history[k].to_numpy()) for part, history in zip(parts, self.history)]
+            pairs = zip(parts, self.history, strict=True)
+            values = [self.blend.value(part[k], history[k].to_numpy()) for part, history in pairs]
             blended[k] = self.blend.score(np.column_stack(values) @ self.weights)
         columns[self.name] = np.mean(list(blended.values()), axis=0)
         return blended
@@ -238,7 +239,7 @@ def main(args: argparse.Namespace) -> Path:
     table = read_meta(args, list(paths), predictor.meta_columns())
     if args.output.resolve() in {path.resolve().parent for path in paths.values()}:
         raise InputError(f"--output {args.output} holds the images; pass another folder")
-    output, tables, written = open_output(args.output, "predictions.json", args.overwrite), [], ["predictions.csv"]
+    output, tables, written = open_output(args.output, "predictions.json", args.overwrite, {}), [], ["predictions.csv"]
     with tqdm(total=len(paths), unit="image") as bar:
         for images in read_chunks(paths, table, predictor.size, predictor.exact, args.on_error):
             columns: dict[str, np.ndarray] = {}
@@ -246,9 +247,7 @@ def main(args: argparse.Namespace) -> Path:
             rows = pd.DataFrame({ID: images.table[ID].to_numpy(), PROB: columns.pop(predictor.name), **columns})
             look = predictor.look(images)
             if look is not None:
-                rows[CORNERS] = [box.corners for box in look.boxes]
-                rows["confidence"] = [box.confidence for box in look.boxes]
-                rows["fallback"] = [box.reason for box in look.boxes]
+                rows[[*CORNERS, "confidence", "fallback"]] = [(*b.corners, b.confidence, b.reason) for b in look.boxes]
             if args.pictures:
                 for row, (name, prob) in enumerate(zip(rows[ID], rows[PROB], strict=True)):
                     draw(output / f"{name}.png", images, row, look, prob)

@@ -48,16 +48,12 @@ def read_labels(path: Path, args: argparse.Namespace, labelled: bool) -> pd.Data
     """Read an input table and give its columns the project's names; groups stay text."""
     group = () if args.group_col == "none" else (args.group_col,)
     table = read_table(path, [args.target_col] if labelled else [], args.image_col, text=group)
-    for column in OWN_COLUMNS:
-        if column in table:
-            raise InputError(f"{path} has a column {column!r}, which this project writes; rename or remove it")
-    if labelled and args.target_col != TARGET:
-        if TARGET in table:
-            raise InputError(f"{path} has both {args.target_col!r} and {TARGET!r}; rename the second")
-        table = table.rename(columns={args.target_col: TARGET})
-    table = table[: args.limit]
+    taken = [*OWN_COLUMNS, *([TARGET] if labelled and args.target_col != TARGET else [])]
+    for column in (column for column in taken if column in table):
+        raise InputError(f"{path} has a column {column!r}, which this project writes; rename or remove it")
+    table = table.rename(columns={args.target_col: TARGET} if labelled else {})[: args.limit]
     if labelled:
-        table[TARGET] = read_target(table, path, both=path == args.train_csv, positive=args.positive)
+        table[TARGET] = read_target(table, path, args.positive)
     return table
 
 
@@ -65,26 +61,23 @@ def read_inputs(args: argparse.Namespace, inputs: dict[str, Path]) -> dict[str, 
     """Input tables by split. Raises InputError for whatever can be known to be wrong before an image is read."""
     if len({args.image_col, args.target_col, args.group_col}) < 3:
         raise InputError("--image_col, --target_col and --group_col name one column; pass three")
-    labelled = {"train": True, "extra": True, "test": False}
-    tables = {split: read_labels(inputs[split], args, labelled[split]) for split in inputs.keys() & labelled.keys()}
-    train, col = tables["train"], group_column(tables["train"], args)
-    assign_folds(train[TARGET].to_numpy(), groups_of(train, col), args.n_folds, args.seed)
-    for split in ("train", "test"):
-        if col is not None and {"extra", split} <= tables.keys() and all(col in tables[s] for s in ("extra", split)):
-            shared = tables["extra"][col][tables["extra"][col].isin(tables[split][col].dropna())]
-            if len(shared):
-                raise InputError(f"{args.extra_csv} has {col} {shared.iloc[0]!r}, and so has the {split} table: networks "
-                                 "would be scored on what they were trained on; remove these rows")  # fmt: skip
+    tables = {s: read_labels(inputs[s], args, s != "test") for s in ("train", "extra", "test") if s in inputs}
+    col = group_column(tables["train"], args)
+    groups = {split: groups_of(table, col if col in table else None) for split, table in tables.items()}
+    fold = {"train": assign_folds(tables["train"][TARGET].to_numpy(), groups["train"], args.n_folds, args.seed)}
+    for split, others in (("train", fold["train"]), ("test", np.full(len(groups.get("test", ())), EXTERNAL - 1))):
+        if "extra" in groups and split in groups:
+            both = np.concatenate([groups["extra"], groups[split]])
+            external = np.full(len(groups["extra"]), EXTERNAL)
+            check_groups(both, np.concatenate([external, others]), f"{args.extra_csv} and the {split} table")
     if "sample_submission" in inputs:
         path = inputs["sample_submission"]
-        sample = read_csv(path)
-        id_col = args.image_col if args.image_col in sample else sample.columns[0]
-        sample = read_csv(path, text=(id_col,))
-        sample = sample[[id_col, *(column for column in sample if column != id_col)]]  # the names first
+        columns = [str(column) for column in read_csv(path)]
+        id_col = args.image_col if args.image_col in columns else columns[0]
+        sample = read_csv(path, text=(id_col,))[[id_col, *(column for column in columns if column != id_col)]]
         odd = sorted(set(sample[id_col].map(name_key)) ^ set(tables["test"][ID].map(name_key)))
         if odd and args.limit is None:
-            raise InputError(f"{path} and {inputs['test']} do not name the same images: only one has {odd[0]!r}; repair "
-                             "or remove one of them")  # fmt: skip
+            raise InputError(f"{path} and {inputs['test']} name other images: only one has {odd[0]!r}; repair it")
         tables["sample_submission"] = sample
     return tables
 
@@ -104,10 +97,8 @@ def group_column(table: pd.DataFrame, args: argparse.Namespace) -> str | None:
 
 
 def assign_folds(target: np.ndarray, group: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
-    """Held-out fold of every row (N,), stratified by target, groups kept whole.
-
-    The seed permutes the groups before an unshuffled split. Raises InputError if a fold would lack one of the classes.
-    """
+    """Held-out fold of every row (N,), stratified by target, groups kept whole. The seed permutes the groups before an
+    unshuffled split. Raises InputError if a fold would lack one of the classes."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     code, names = pd.factorize(group)
@@ -128,37 +119,31 @@ def assign_folds(target: np.ndarray, group: np.ndarray, n_folds: int, seed: int)
 
 
 # ---------------------------------------------------------------- images
-def locate(table: pd.DataFrame, index: ImageIndex, skip: bool) -> list[Path | None]:
-    """Image of every row; a missing one is an InputError, or None if bad rows are skipped."""
-    paths, where = [index.find(name) for name in table[ID]], ", ".join(map(str, index.folders))
-    missing = [name for name, path in zip(table[ID], paths, strict=True) if path is None]
-    if missing and not skip:
-        raise InputError(
-            f"{where} has no image named {missing[0]!r} ({len(missing)} of {len(table)} are missing); check --image_dir "
-            "and --image_col, or pass --on_error skip"
-        )
-    for name in missing:
-        tqdm.write(f"skipped {name}: no such image in {where}")
+def locate(tables: dict, image_dirs: dict[str, list], skip: bool) -> dict[str, list[Path | None]]:
+    """Image of every row by split; None for a missing one if bad rows are skipped. Raises InputError if an image is
+    missing, or if two rows, of whatever tables, mean one file."""
+    indexes = {dirs: ImageIndex(*dirs) for dirs in {tuple(dirs) for dirs in image_dirs.values()}}
+    paths, seen = {}, {}
+    for split, dirs in image_dirs.items():
+        names, where = tables[split][ID].tolist(), ", ".join(map(str, dirs))
+        paths[split] = [indexes[tuple(dirs)].find(name) for name in names]
+        missing = [name for name, path in zip(names, paths[split], strict=True) if path is None]
+        if missing and not skip:
+            count = f"{len(missing)} of {len(names)} are missing"
+            raise InputError(f"{where} has no image {missing[0]!r} ({count}); check --image_dir or pass --on_error skip")
+        for name in missing:
+            tqdm.write(f"skipped {name}: no such image in {where}")
+        for name, path in zip(names, paths[split], strict=True):
+            if path is not None and seen.setdefault(path.resolve(), (split, name)) != (split, name):
+                raise InputError(f"{seen[path.resolve()]} and {(split, name)} are one image, {path}; remove a row")
     return paths
 
 
-def check_distinct(paths: dict[str, list], tables: dict[str, pd.DataFrame]) -> None:
-    """Raise InputError if one file is meant by two rows, of whatever tables."""
-    seen: dict[Path, str] = {}
-    for split, found in paths.items():
-        for name, path in zip(tables[split][ID], found, strict=True):
-            if path is not None and seen.setdefault(path.resolve(), f"{name} ({split})") != f"{name} ({split})":
-                raise InputError(f"{seen[path.resolve()]} and {name} ({split}) are one image, {path}; remove a row")
-
-
-def fill_array(table: pd.DataFrame, paths: list, path: Path, args: argparse.Namespace) -> tuple[PartialArray, np.ndarray]:
-    """Write the images of a table that are not there yet.
-
-    Returns the array and the originals' width and height (N, 2), 0 for those that are missing or, with --on_error
-    skip, broken.
-    """
+def fill_array(table: pd.DataFrame, paths: list, path: Path, args) -> tuple[PartialArray, np.ndarray]:
+    """Write the images of a table that are not there yet. Returns the array and the originals' width and height (N, 2),
+    0 for those that are missing or, with --on_error skip, broken."""
     array = PartialArray(path, (len(table), args.size, args.size, 3))
-    filling = Filling(path.with_name(f"{path.stem}_sizes.npy"), {"images": array}, len(table), facts=2)
+    filling = Filling(path.with_name(f"{path.stem}_sizes.npy"), [array], len(table), facts=2)
 
     def work(row: int, _) -> tuple[int, int]:
         try:
@@ -173,34 +158,24 @@ def fill_array(table: pd.DataFrame, paths: list, path: Path, args: argparse.Name
 
     found = np.array([row for row, path in enumerate(paths) if path is not None], dtype=int)
     with tqdm(total=len(found), desc=path.name, unit="image") as bar:
-        bar.update(len(found) - len(filling.todo(found)))
         filling.run(found, work, args.workers, bar)
     return array, filling.facts
 
 
 # ---------------------------------------------------------------- command
-def check_output(args: argparse.Namespace, tables: dict, inputs: dict[str, Path], image_dirs: dict[str, list]) -> None:
-    """Raise InputError if the output directory would overwrite input."""
-    given = {path.resolve() for paths in (inputs.values(), *image_dirs.values()) for path in paths}
-    outputs = {(args.output_dir / f"{split}.csv").resolve() for split in tables}
-    if own := {args.output_dir.resolve(), *outputs} & given:
-        raise InputError(f"--output_dir {args.output_dir} would overwrite {min(own)}; pass another")
-
-
 def main(args: argparse.Namespace) -> Path:
     """Write the arrays and tables; returns their directory."""
     configure_pillow()
     inputs = find_inputs(args)
     tables = read_inputs(args, inputs)
-    image_dirs = {
-        split: args.image_dir or [inputs[split].parent / "images"] for split in ("train", "extra", "test") if split in inputs
-    }
+    splits = [split for split in ("train", "extra", "test") if split in inputs]
+    image_dirs = {split: args.image_dir or [inputs[split].parent / "images"] for split in splits}
     if args.test_image_dir and "test" in tables:
         image_dirs["test"] = args.test_image_dir
-    check_output(args, tables, inputs, image_dirs)
-    indexes = {dirs: ImageIndex(*dirs) for dirs in {tuple(found) for found in image_dirs.values()}}
-    paths = {s: locate(tables[s], indexes[tuple(d)], args.on_error == "skip") for s, d in image_dirs.items()}
-    check_distinct(paths, tables)
+    given = {path.resolve() for paths in (inputs.values(), *image_dirs.values()) for path in paths}
+    if {args.output_dir.resolve(), *((args.output_dir / f"{split}.csv").resolve() for split in tables)} & given:
+        raise InputError(f"--output_dir {args.output_dir} holds the input, which would be overwritten; pass another")
+    paths = locate(tables, image_dirs, args.on_error == "skip")
     n_external = len(tables.get("extra", ()))
     if n_external:
         tables["train"] = pd.concat([tables["train"], tables.pop("extra")], ignore_index=True)
@@ -231,10 +206,10 @@ def main(args: argparse.Namespace) -> Path:
     train[FOLD] = EXTERNAL  # again without the images left out
     train.loc[own, FOLD] = assign_folds(train[TARGET].to_numpy()[own], group[own], args.n_folds, args.seed)
     check_groups(group, train[FOLD].to_numpy(), f"{args.train_csv} and {args.extra_csv}")
-    columns = [args.image_col, args.target_col]
-    if (sample := tables.get("sample_submission")) is not None:
-        columns = [sample.columns[0], next(iter(sample.columns[1:]), args.target_col)]
-        tables["sample_submission"] = sample[sample.iloc[:, 0].map(name_key).isin(tables["test"][ID].map(name_key))]
+    columns, sample = [args.image_col, args.target_col], tables.get("sample_submission")
+    if sample is not None:
+        columns = [sample.columns[0], [*sample.columns, args.target_col][1]]
+        tables["sample_submission"] = sample[sample[columns[0]].map(name_key).isin(tables["test"][ID].map(name_key))]
     for split in sorted(tables):
         write_table(folder / f"{split}.csv", tables[split])
         written.append(folder / f"{split}.csv")
@@ -260,7 +235,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--train_csv", type=Path, default=EXAMPLE_CSV, help="table of labels")
     add("--test_csv", type=Path, help="table to predict [test.csv beside train]")
-    add("--extra_csv", type=Path, help="external images to train on in every fold, never scored; columns as in --train_csv")
+    add("--extra_csv", type=Path, help="external images to train on in every fold, never scored")
     add("--image_dir", type=Path, nargs="+", help="originals, with their subfolders [images/ beside each table]")
     add("--test_image_dir", type=Path, nargs="+", help="originals of the test table, if elsewhere")
     add("--image_col", default=ID, help="column of image names, or paths below --image_dir")

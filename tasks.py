@@ -19,11 +19,8 @@ BOOTSTRAP_ROWS = 40_000_000  # resampled in total at most; above 40,000 rows the
 FEWEST_SAMPLES = 200
 
 
-def read_target(table: pd.DataFrame, path: Path, both: bool = True, positive: str | None = None) -> np.ndarray:
-    """Targets of a table as int (N,), 1 for the value `positive` if that is given.
-
-    Raises InputError unless all are 0 or 1 and, if `both`, both occur.
-    """
+def read_target(table: pd.DataFrame, path: Path, positive: str | None = None) -> np.ndarray:
+    """Targets of a table as int (N,), 1 for the value `positive` if that is given; InputError unless all are 0 or 1."""
     column = table[TARGET]
     if positive is not None and not column.isna().any():
         column = (column.astype(str) == positive).astype(int)
@@ -31,14 +28,9 @@ def read_target(table: pd.DataFrame, path: Path, both: bool = True, positive: st
     bad = ~values.isin([0, 1])
     if bad.any():
         row, found = table[bad].iloc[0], ", ".join(map(str, pd.unique(table[TARGET])[:5]))
-        raise InputError(
-            f"{path}: target of {row[ID]} is {str(row[TARGET])!r}; targets are binary, 0 or 1: pass --positive VALUE "
-            f"to tell one of {found} from the rest"
-        )
-    target = values.to_numpy(dtype=int)
-    if both and len(np.unique(target)) < 2:
-        raise InputError(f"{path}: every target is {target[0]}; both classes are needed")
-    return target
+        what = f"target of {row[ID]} is {str(row[TARGET])!r}, but targets are binary"
+        raise InputError(f"{path}: {what}; write 0 or 1, or pass --positive with one of {found}")
+    return values.to_numpy(dtype=int)
 
 
 def pick_rows(target: np.ndarray, rows: np.ndarray, limit: int | None) -> np.ndarray:
@@ -95,10 +87,8 @@ def auc_interval(target: np.ndarray, prob: np.ndarray, group: np.ndarray) -> lis
 
 
 def partial_auc(target: np.ndarray, prob: np.ndarray, min_tpr: float = MIN_TPR) -> float:
-    """Area under the ROC curve above `min_tpr` sensitivity, 0 to 1 - min_tpr.
-
-    The score of ISIC 2024: with classes and scores flipped, sensitivity becomes specificity.
-    """
+    """Area under the ROC curve above `min_tpr` sensitivity, 0 to 1 - min_tpr. The score of ISIC 2024: with classes and
+    scores flipped, sensitivity becomes specificity."""
     from sklearn.metrics import roc_auc_score
 
     f = 1 - min_tpr
@@ -136,10 +126,8 @@ def rank_in_fold(prob: np.ndarray, fold: np.ndarray) -> np.ndarray:
 
 
 def score_folds(oof: pd.DataFrame, group: pd.Series, folds: list[int]) -> dict:
-    """Scores of held-out predictions: of every fold, their mean AUC, over all rows, and over ranks inside folds.
-
-    group: of every image, by image_name.
-    """
+    """Scores of held-out predictions: of every fold, their mean AUC, over all rows, and over ranks inside folds. group:
+    of every image, by image_name."""
     groups, fold = group[oof[ID]].to_numpy(), oof[FOLD].to_numpy()
     target, prob = oof[TARGET].to_numpy(), oof[PROB].to_numpy()
     each = [{"fold": k, **score(target[fold == k], prob[fold == k], groups[fold == k])} for k in folds]

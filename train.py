@@ -60,12 +60,12 @@ class Progress:
     log: list[dict] = field(default_factory=list)  # a row per epoch
     gates: list[torch.Tensor] = field(default_factory=list)  # all gates after each epoch
 
-    def note(self, auc: float, row: dict) -> bool:
-        """Add an epoch; returns whether it is the best so far."""
-        self.epoch, self.auc, self.seconds = self.epoch + 1, auc, self.seconds + row["seconds"]
+    def note(self, row: dict) -> bool:
+        """Add an epoch by its row of the log; returns whether it is the best so far."""
+        self.epoch, self.auc, self.seconds = row["epoch"], row["valid_auc"], self.seconds + row["seconds"]
         self.log.append(row)
-        if improved := auc > self.best_auc:
-            self.best_auc, self.best_epoch = auc, self.epoch
+        if improved := self.auc > self.best_auc:
+            self.best_auc, self.best_epoch = self.auc, self.epoch
         return improved
 
 
@@ -129,10 +129,11 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
 
         # ---- score the held-out fold
         prob = predict(scored, valid, args, team)
-        row = {"fold": k, "epoch": epoch, "train_loss": train_loss, "valid_auc": weighted_auc(valid.target, prob)}
-        row |= {"valid_loss": loss_of_prob(args.loss, prob, valid.target), "images_per_second": rate}
-        row |= {"lr": routing.optimizer.param_groups[0]["lr"]}
-        improved = progress.note(row["valid_auc"], row | {"seconds": time.monotonic() - started})
+        row = {FOLD: k, "epoch": epoch, "train_loss": train_loss}
+        row |= {"valid_loss": loss_of_prob(args.loss, prob, valid.target)}
+        row |= {"valid_auc": weighted_auc(valid.target, prob)}
+        row |= {"lr": routing.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
+        improved = progress.note(row | {"images_per_second": rate})
         progress.gates += [gates.flat_gates(scored)] if args.fsg else []
 
         # ---- write; a stop after this loses nothing
@@ -144,14 +145,7 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
             raise Stopped(f"--max_hours {args.max_hours:g} are over after {where}; the same with --resume goes on")
 
     team.wait()  # the best epoch is on the disk
-    best = models.load_checkpoint(best_path, device)[0]
-    tables = {}
-    for part in sorted(images.keys() - {"train"}):  # in the same order in all processes
-        ids = (data.test if part == "test" else data.train)[ID].to_numpy()[images[part].rows]
-        tables[part] = pd.DataFrame({ID: ids, FOLD: k, PROB: predict(best, images[part], args, team, args.tta)})
-    if team.leads:
-        tables["valid"].insert(2, TARGET, valid.target)
-        finish_fold(run_dir, k, args, best, images, progress, tables, device)
+    finish_fold(k, args, data, run_dir, team, images, progress)
 
 
 def predict(model: models.Network, images, args: argparse.Namespace, team: Team, tta: int = 1) -> np.ndarray:
@@ -187,6 +181,8 @@ def save_progress(path: Path, parts: dict, progress: Progress, tensorboard: bool
     state = {name: part.state_dict() for name, part in parts.items() if part is not None}
     models.save_plain(path, state=state, progress=asdict(progress))
     write_table(path.with_name(path.name.replace("_last.pt", "_log.csv")), pd.DataFrame(progress.log))
+    tqdm.write("fold {fold} epoch {epoch:2d}: train loss {train_loss:.4f}, held-out loss {valid_loss:.4f}, "
+               "AUC {valid_auc:.4f}, {images_per_second:.0f} images/s".format(**progress.log[-1]))  # fmt: skip
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -207,16 +203,24 @@ def load_progress(path: Path, parts: dict) -> Progress:
         raise InputError(f"{path} cannot be resumed ({error}); pass --overwrite to start the run anew") from None
 
 
-def finish_fold(run_dir: Path, k: int, args, model, images: dict, progress: Progress, tables: dict, device) -> None:
-    """Write what a finished fold leaves: its gates, its predictions, and last the facts about it."""
-    valid = images["valid"]
+def finish_fold(k: int, args, data: Data, run_dir: Path, team: Team, images: dict, progress: Progress) -> None:
+    """Predict with the best epoch; write what a finished fold leaves: its gates, predictions, and last its facts."""
+    model = models.load_checkpoint(run_dir / f"fold{k}_best.pt", team.device)[0]
+    valid, tables = images["valid"], {}
+    for part in sorted(images.keys() - {"train"}):  # in the same order in all processes
+        ids = (data.test if part == "test" else data.train)[ID].to_numpy()[images[part].rows]
+        tables[part] = pd.DataFrame({ID: ids, FOLD: k, PROB: predict(model, images[part], args, team, args.tta)})
+    tables["valid"].insert(2, TARGET, valid.target)
+    if not team.leads:
+        return
     if args.fsg:
         some = pick_rows(valid.target, np.arange(len(valid)), gates.PRUNE_ROWS)
         loader = dataset.eval_loader(valid, some, args.batch_size, workers=0)
-        prob_of = partial(models.predict, loader=loader, device=device, amp=args.amp)
+        prob_of = partial(models.predict, loader=loader, device=team.device, amp=args.amp)
         gates.record_gates(run_dir, k, model, progress.gates, prob_of, valid.target[some])
     facts = {"train_rows": len(images["train"]), "epochs": progress.epoch, "best_epoch": progress.best_epoch,
-             "best_valid_auc": progress.best_auc, "last_valid_auc": progress.auc, "seconds": progress.seconds}  # fmt: skip
+             "best_valid_auc": progress.best_auc, "last_valid_auc": progress.auc,
+             "seconds": progress.seconds}  # fmt: skip
     runs.write_fold(run_dir, k, facts | provenance(), tables["valid"], tables.get("test"))
 
 
@@ -268,7 +272,8 @@ def main(args: argparse.Namespace) -> Path:
     spec = make_spec(args, data.size)
     models.build_model(spec, fold_weights(args.weights, data, folds[0]))  # fails here, before anything is written
     paths = {key: str(value.resolve()) for key, value in vars(args).items() if isinstance(value, Path)}
-    config = {"args": vars(args) | paths, "spec": asdict(spec), "inputs": inputs, "crop": crop, "exact": data.facts["exact"]}
+    config = {"args": vars(args) | paths, "spec": asdict(spec), "inputs": inputs, "crop": crop}
+    config |= {"exact": data.facts["exact"]}
     opened = runs.open_run(run_dir, config | provenance(), folds, args.resume, args.overwrite) if team.leads else None
     folds = team.from_leader(opened)
     # folds side by side if every process gets as many, else all processes together on one fold after the other
@@ -294,14 +299,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser, count, positive, share = util.new_parser(__doc__), util.COUNT, util.POSITIVE, util.SHARE
     model = parser.add_argument_group("model").add_argument
     model("--model", choices=sorted(models.MODELS), required=True, help="what to fit")
-    model("--backbone", help="torchvision name, timm:NAME, regnet_tiny or vit_tiny [resnet50; vit_b_16 for fsg_vit]")
+    model("--backbone", help="torchvision name, timm:NAME, regnet_tiny, vit_tiny [resnet50; vit_b_16 for fsg_vit]")
     model("--weights", default="imagenet", help="imagenet, none, a file, or a run: its network of the fold")
     model("--hidden", type=count, help="width of the metadata branch or attention [256; chipnet 512]")
     model("--dropout", type=share, default=0.7, help="before the head, 0 to 1")
     data = parser.add_argument_group("data").add_argument
     data("--data_dir", **util.COMMON_FLAGS["data_dir"])
-    data("--crop_dir", type=Path, help="train on these crops of crop.py [crops/chipnet in --data_dir for cropnet, fusion]")
-    data("--jitter", action=BooleanOptionalAction, default=True, help="move and scale the boxes while training on crops")
+    data("--crop_dir", type=Path, help="train on these crops [cropnet, fusion: crops/chipnet in --data_dir]")
+    data("--jitter", action=BooleanOptionalAction, default=True, help="move and scale boxes in training")
     data("--meta_cols", nargs="*", help="metadata columns [sex, age and site; with crops also box_side]")
     data("--limit", type=count, help="use this many images per class: a dry run")
     fit = parser.add_argument_group("optimisation").add_argument
@@ -313,24 +318,24 @@ def get_args_parser() -> argparse.ArgumentParser:
     fit("--sampler", choices=("balanced", "shuffle"), default="balanced", help="balanced: both classes equally often")
     fit("--lr", type=positive, help="of the backbone [1e-5; chipnet 5e-5]")
     fit("--head_lr", type=positive, help="of the rest [5e-5; chipnet 1e-4]")
-    fit("--schedule", choices=("exponential", "cosine"), default="exponential", help="x 0.95 per epoch, or warm-up and cosine")
+    fit("--schedule", choices=("exponential", "cosine"), default="exponential", help="x .95 per epoch; or with warm-up")
     fit("--seed", type=util.number(int, 0), default=0, help="of weights and augmentation")
     fit("--guide", type=Path, help="crops of crop.py --source saliency whose maps the attention should resemble")
     fit("--guide_weight", type=positive, default=1.0, help="of that likeness")
     extra = parser.add_argument_group("extras").add_argument
     extra("--pos_weight", type=positive, default=1.0, help="of positive images in the loss")
     extra("--label_smoothing", type=share, default=0.0, help="share of both labels in every target")
-    extra("--mixup", type=positive, default=0.0, help="mix pairs of images of a batch, or of each of its parts, by Beta(MIXUP, MIXUP)")
+    extra("--mixup", type=positive, default=0.0, help="mix pairs of a batch, or of its parts, by Beta(MIXUP, MIXUP)")
     extra("--clip_grad", type=positive, help="largest norm of the gradients of the weights, and of the gates")
-    extra("--accumulate", type=count, default=1, help="parts in which a batch goes through the network, for less memory")
-    extra("--ema", type=share, help="score and keep a moving average of the weights with this decay per step, such as .999")
-    extra("--layer_decay", type=share, help="factor on the learning rate of a ViT from each layer to the one before, such as .75")
+    extra("--accumulate", type=count, default=1, help="parts in which a batch is forwarded, for less memory")
+    extra("--ema", type=share, help="score and keep a moving average of the weights, such as .999 per step")
+    extra("--layer_decay", type=share, help="factor on a ViT's learning rate from layer to layer, such as .75")
     gate = parser.add_argument_group("gates").add_argument
     gate("--fsg", action="store_true", help="Feature-Selection Gates in the backbone [always in fsg_vit]")
-    gate("--gate_init", choices=("identity", "paper", "hard"), help="their start [identity]; hard: hard-concrete gates, which can close")
+    gate("--gate_init", choices=("identity", "paper", "hard"), help="start [identity]; hard gates can close")
     gate("--gate_lr", type=positive, help="their learning rate [1e-3]")
-    gate("--gate_l1", type=positive, help="weight in the loss of the mean gate, or of the share of hard gates that is open [0]")
-    gate("--routing", choices=("off", "single", "sequential", "upstream"), help="how gates and weights are stepped (fsg.py) [single]")
+    gate("--gate_l1", type=positive, help="weight in the loss of the mean gate, or of the open share of hard ones [0]")
+    gate("--routing", choices=fsg.MODES[:-1], help="how gates and weights are stepped (fsg.py) [single]")
     run = parser.add_argument_group("run").add_argument
     run("--name", help="of the run directory [the model's]")
     run("--runs_dir", **util.COMMON_FLAGS["runs_dir"])
@@ -338,7 +343,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     run("--device", **util.COMMON_FLAGS["device"])
     run("--amp", **util.COMMON_FLAGS["amp"])
     run("--workers", type=util.number(int, 0), default=min(util.CPUS, 8), help="loader processes")
-    run("--compile", nargs="?", const="default", choices=("default", "reduce-overhead", "max-autotune"), help="torch.compile [default]; the other modes use CUDA graphs")
+    modes = ("default", "reduce-overhead", "max-autotune")
+    run("--compile", nargs="?", const="default", choices=modes, help="torch.compile [default]; others use CUDA graphs")
     run("--deterministic", action="store_true", help="the same numbers in every run on a GPU too; may be slower")
     run("--tensorboard", action="store_true", help="also log to RUN/tensorboard (pip install tensorboard)")
     run("--max_hours", type=positive, help="stop after the epoch in which so many hours are over")

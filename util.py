@@ -75,10 +75,8 @@ def new_parser(description: str, *common: str) -> argparse.ArgumentParser:
 
 
 def run_script(main: Callable, parser: argparse.ArgumentParser) -> None:
-    """Parse the command line and run `main(args)`; bad input ends in one line and exit status 2.
-
-    Any other exception is a bug and keeps its traceback.
-    """
+    """Parse the command line and run `main(args)`; bad input ends in one line and exit status 2. Any other exception is
+    a bug and keeps its traceback."""
     args = parser.parse_args()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends like Ctrl-C

@@ -14,27 +14,31 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import localize
 import util
-from localize import Box
+from localize import Box, upsample
+from plumbing.arrays import array_path, open_array
+from plumbing.data import CORNERS, read_data, read_table
+from plumbing.figures import draw_row, new_figure, save_figure
+from plumbing.images import read_image
+from plumbing.runs import Run, read_run
+from tasks import weighted_auc
 from util import ID, TARGET
 
 PER_CLASS = 4
 HERE = Path(__file__).parent
 
 
-def test_auc(run_dir: Path, labels: pd.Series) -> float:
+def test_auc(run: Run, labels: pd.Series) -> float:
     """AUC of a run's submission on the example test set."""
-    submission = util.read_table(run_dir / "submission.csv", [TARGET])
-    target = labels[submission[ID]].to_numpy()
-    return util.weighted_auc(target, submission[TARGET].to_numpy())
+    submission = read_table(run.path / "submission.csv", [TARGET])
+    return weighted_auc(labels[submission[ID]].to_numpy(), submission[TARGET].to_numpy())
 
 
-def print_table(runs: list[Path], labels: pd.Series) -> None:
+def print_table(runs: list[Run], labels: pd.Series) -> None:
     """One line per run."""
     print(f"\n{'run':<10} {'AUC of folds':<20} {'out-of-fold AUC':<22} {'test AUC':<9} seconds")
     for run in runs:
-        metrics = util.read_metrics(run)
+        metrics = run.metrics
         folds = " ".join(f"{fold['auc']:.3f}" for fold in metrics["folds"])
         low, high = metrics["ranked"]["auc_interval"]
         seconds = sum(fold.get("seconds", 0) for fold in metrics["folds"])
@@ -42,23 +46,22 @@ def print_table(runs: list[Path], labels: pd.Series) -> None:
               f"   {test_auc(run, labels):<9.3f} {seconds:.0f}")  # fmt: skip
 
 
-def draw_overview(path: Path, demo_dir: Path, runs: list[Path], labels: pd.Series) -> None:
+def draw_overview(path: Path, demo_dir: Path, runs: list[Run], labels: pd.Series) -> None:
     """Picture of some test images of both classes."""
-    data = util.read_data(demo_dir / "data")
-    crop_dir = demo_dir / "data" / "crops" / "chipnet_saliency"
-    boxes = util.read_table(crop_dir / "test_boxes.csv").set_index(ID)
+    data = read_data(demo_dir / "data")
+    crop_dir = demo_dir / "data" / "crops" / "chipnet"
+    boxes = read_table(crop_dir / "test_boxes.csv").set_index(ID)
     maps = np.load(crop_dir / "test_attention.npy", allow_pickle=False)
-    crops = util.open_array(util.array_path(crop_dir, "test", data.size), len(data.test))
-    scores = {run.name: util.read_table(run / "submission.csv").set_index(ID)[TARGET]
-              for run in runs}  # fmt: skip
+    crops = open_array(array_path(crop_dir, "test", data.size), len(data.test))
+    scores = {run.name: read_table(run.path / "submission.csv").set_index(ID)[TARGET] for run in runs}
     target = labels[data.test[ID]].to_numpy()
     rows = np.concatenate([np.flatnonzero(target == label)[:PER_CLASS] for label in (1, 0)])
-    figure = util.new_figure(figsize=(9.5, 1.75 * len(rows)))
+    figure = new_figure(figsize=(9.5, 1.75 * len(rows)))
     for axes, row in zip(figure.subplots(len(rows), 4, squeeze=False), rows, strict=True):
         name, width, height = data.test[[ID, "width", "height"]].iloc[row]
-        image = np.asarray(util.read_image(HERE / "images" / f"{name}.jpg", 300)[0])
-        box = Box(*boxes.loc[name, ["x0", "y0", "x1", "y1"]].astype(float))
-        localize.draw_row(axes[:3], image, (width, height), box, maps[row], crops[row])
+        image = np.asarray(read_image(HERE / "images" / f"{name}.jpg", 300)[0])
+        box = Box(*boxes.loc[name, CORNERS].astype(float))
+        draw_row(axes[:3], image, (width, height), box, upsample(maps[row]), crops[row])
         axes[0].set_title(f"{name}: {'malignant' if target[row] else 'benign'}", fontsize=9)
         axes[1].set_title("attention", fontsize=9)
         axes[2].set_title(f"crop, {min(width, height) / box.side:.1f}x finer", fontsize=9)
@@ -67,14 +70,14 @@ def draw_overview(path: Path, demo_dir: Path, runs: list[Path], labels: pd.Serie
         axes[3].set(xlim=(0, 1))
         axes[3].invert_yaxis()
         axes[3].set_title("prediction", fontsize=9)
-    util.save_figure(path, figure)
+    save_figure(path, figure)
 
 
 def main(args) -> Path:
     """Print the table and draw the picture; returns the picture's path."""
     names = ["resnet", "chipnet", "cropnet", "fsg_vit", "ensemble"]
-    runs = [args.demo_dir / "runs" / name for name in names]
-    labels = util.read_table(HERE / "test_labels.csv", [TARGET]).set_index(ID)[TARGET]
+    runs = [read_run(args.demo_dir / "runs" / name) for name in names]
+    labels = read_table(HERE / "test_labels.csv", [TARGET]).set_index(ID)[TARGET]
     picture = args.demo_dir / "overview.png"
     draw_overview(picture, args.demo_dir, runs, labels)
     print_table(runs, labels)

@@ -20,10 +20,8 @@ def array_path(directory: Path, split: str, size: int) -> Path:
 
 
 def open_array(path: Path, rows: int, size: int | None = None, dtype=np.uint8) -> np.ndarray:
-    """Memory-map images uint8 (rows, size, size, 3), or maps float32 (rows, h, w) if dtype is np.float32.
-
-    Raises InputError if the file is broken or anything else.
-    """
+    """Memory-map images uint8 (rows, size, size, 3), or maps float32 (rows, h, w) if dtype is np.float32. Raises
+    InputError if the file is broken or anything else."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         side = size or array.shape[1]
@@ -38,11 +36,9 @@ def open_array(path: Path, rows: int, size: int | None = None, dtype=np.uint8) -
 
 
 class Rows:
-    """Images of an array on disk, read when they are asked for: uint8 (n_rows, S, S, 3).
-
-    Plain reads, because touched pages of a memory map count as memory of the process: in the end the whole array.
-    It pickles small: the process that reads opens the file.
-    """
+    """Images of an array on disk, read when they are asked for: uint8 (n_rows, S, S, 3). Plain reads, because touched
+    pages of a memory map count as memory of the process: in the end the whole array. It pickles small: the process that
+    reads opens the file."""
 
     def __init__(self, path: Path, n_rows: int):
         self.path, self.n_rows, self._file = path, n_rows, None
@@ -58,8 +54,7 @@ class Rows:
         images = np.empty((np.size(rows), *self._shape), np.uint8)
         for image, row in zip(images, np.ravel(rows), strict=True):
             self._file.seek(self._offset + int(row) * image.nbytes)
-            if self._file.readinto(image) != image.nbytes:
-                raise InputError(f"{self.path} ends before row {row}; write it again")
+            self._file.readinto(image)
         return images[0] if np.ndim(rows) == 0 else images
 
 
@@ -78,10 +73,7 @@ class PartialArray:
                 if hasattr(os, "posix_fallocate"):  # takes the space now: a full disk is found before any work
                     os.posix_fallocate(file.fileno(), 0, os.path.getsize(new))
             os.replace(new, self.part)
-        array = self.view()
-        if array.shape != shape:
-            raise InputError(f"{self.part} is {array.shape}, not {shape}; pass --overwrite to start anew")
-        self._offset, self._dtype, self._file = array.offset, array.dtype, open(self.part, "r+b", buffering=0)
+        self._offset, self._dtype, self._file = self.view().offset, dtype, open(self.part, "r+b", buffering=0)
 
     def view(self) -> np.ndarray:
         """The rows so far, as a memory map."""
@@ -113,11 +105,9 @@ class PartialArray:
 
 
 class Filling:
-    """Arrays that are filled together, and a record of which of their rows are done.
-
-    A row counts as done once its arrays are on the disk, so that nothing is missing after a crash of the machine.
-    facts: number of positive integers that are kept about every row.
-    """
+    """Arrays that are filled together, and a record of which of their rows are done. A row counts as done once its
+    arrays are on the disk, so that nothing is missing after a crash of the machine. facts: number of positive integers
+    that are kept about every row."""
 
     def __init__(self, record: Path, arrays: list[PartialArray], n_rows: int, facts: int = 1):
         self.arrays, self._done = arrays, PartialArray(record, (n_rows, facts), np.int32)
@@ -132,9 +122,7 @@ class Filling:
 
     def run(self, rows: np.ndarray, work: Callable, workers: int, bar: tqdm, prepare: Callable | None = None) -> None:
         """Call work(row, prepared) in threads for those rows that are not done; it writes a row and returns its facts.
-
-        prepare(rows) -> one value per row, made for CHUNK rows at a time; without it `prepared` is None.
-        """
+        prepare(rows) -> one value per row, made for CHUNK rows at a time; without it `prepared` is None."""
         todo = rows[self.facts[rows, 0] == 0]
         bar.update(len(rows) - len(todo))
         for start in range(0, len(todo), CHUNK):

@@ -40,8 +40,8 @@ def torchvision_backbone(name: str, pretrained: bool, image_size: int) -> nn.Mod
         return SMALL_BACKBONES[name](**size)
     if name not in tv.list_models(module=tv) or name.startswith(("inception", "googlenet", "squeezenet")):
         raise InputError(
-            f"backbone {name!r} is not supported or has no ImageNet weights; take a torchvision classifier such as "
-            f"resnet18, resnet50, efficientnet_b0 or vit_b_16, timm:NAME, or with --weights none {' or '.join(SMALL_BACKBONES)}"
+            f"backbone {name!r} is unknown or has no ImageNet weights; take a torchvision classifier such as resnet50, "
+            f"timm:NAME, or with --weights none {' or '.join(SMALL_BACKBONES)}"
         )
     return tv.get_model(name, weights="DEFAULT" if pretrained else None, **size)
 
@@ -58,11 +58,8 @@ FAMILIES: dict[str, Callable] = {"": torchvision_backbone, "timm": timm_backbone
 
 
 def make_backbone(name: str, weights: str, image_size: int) -> tuple[nn.Module, str]:
-    """A network by name, and the name of its last linear layer, the head.
-
-    weights: "imagenet", or anything else for random ones. Raises InputError if the name is unknown or the weights
-    cannot be had.
-    """
+    """A network by name, and the name of its last linear layer, the head. weights: "imagenet", or anything else for
+    random ones. Raises InputError if the name is unknown or the weights cannot be had."""
     family, _, plain = name.rpartition(":")
     try:
         network = FAMILIES[family](plain, weights == "imagenet", image_size)
@@ -70,10 +67,9 @@ def make_backbone(name: str, weights: str, image_size: int) -> tuple[nn.Module, 
     except InputError:
         raise
     except Exception as error:  # an unknown name, a package or a download that fails, no linear layer
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"cannot make {name} with --weights {weights} ({type(error).__name__}: {reason}); pass --weights none or the "
-            "path of a weights file, or another --backbone (timm:NAME needs timm)"
+            f"cannot make {name} with --weights {weights} ({type(error).__name__}: {str(error)[:200]}); pass --weights "
+            "none or a file of weights, or another --backbone (timm:NAME needs timm)"
         ) from None
 
 
@@ -99,6 +95,5 @@ def load_backbone(network: nn.Module, head: str, state: dict, path: Path) -> Non
     wrong = [key for key in own if not key.startswith(in_head) and key not in body]
     wrong += [key for key, value in body.items() if key not in own or own[key].shape != getattr(value, "shape", None)]
     if wrong:
-        raise InputError(f"{path} does not fit the backbone: {len(wrong)} keys, first {wrong[0]!r}; pass the --backbone "
-                         "whose state_dict it is")  # fmt: skip
+        raise InputError(f"{path} does not fit the backbone: {len(wrong)} keys, first {wrong[0]!r}; pass another")
     network.load_state_dict(body, strict=False)

@@ -11,7 +11,7 @@ import pandas as pd
 from plumbing.arrays import array_path
 from plumbing.files import check_hashes, read_csv, read_json
 from plumbing.images import name_key
-from util import BOX_SIDE, FOLD, ID, PLACE, TARGET, InputError
+from util import BOX_SIDE, EXTERNAL, FOLD, ID, PLACE, TARGET, InputError
 
 META_COLUMNS = ("sex", "age_approx", "anatom_site_general_challenge")  # of ISIC 2020
 CORNERS = ["x0", "y0", "x1", "y1"]  # of a box, in pixels of the original
@@ -19,17 +19,15 @@ CORNERS = ["x0", "y0", "x1", "y1"]  # of a box, in pixels of the original
 
 # ---------------------------------------------------------------- tables of images
 def read_table(path: Path, columns=(), id_col: str = ID, text: tuple[str, ...] = ()) -> pd.DataFrame:
-    """Read a csv with one image per row; `id_col` is called image_name from here on.
-
-    Image names and the columns in `text` stay text. Raises InputError naming the file and the column or row at fault.
-    """
+    """Read a csv with one image per row; `id_col` is called image_name from here on. Image names and the columns in
+    `text` stay text. Raises InputError naming the file and the column or row at fault."""
     table = read_csv(path, [id_col, *columns], text=(id_col, *text))
     if id_col != ID and ID in table:
         raise InputError(f"{path} has both {id_col!r} and {ID!r}; rename the second")
     bad = table[id_col].isna() | table[id_col].map(name_key).duplicated()
     if bad.any():
         line = int(np.flatnonzero(bad)[0])
-        raise InputError(f"{path} line {line + 2}: {id_col} {table[id_col][line]!r} is empty or there twice; remove the row")
+        raise InputError(f"{path} line {line + 2}: {id_col} {table[id_col][line]!r} is empty or there twice; remove it")
     return table.rename(columns={id_col: ID})
 
 
@@ -61,10 +59,8 @@ def check_groups(group: np.ndarray, fold: np.ndarray, what: str) -> None:
     if straddles.any():
         place = int(np.flatnonzero(straddles)[0])
         name = group[place].partition(":")[2]
-        raise InputError(
-            f"{what}: {name} lies in folds {fold[place]} and {fold[place + 1]}, so that networks would be scored on "
-            "what they were trained on; run preprocess.py again"
-        )
+        folds = f"{fold[place]} and {fold[place + 1]} ({EXTERNAL} is external)"
+        raise InputError(f"{what}: {name} is in folds {folds}, trained on and scored; remove rows or preprocess again")
 
 
 def folds_sha256(table: pd.DataFrame) -> str:
@@ -108,10 +104,8 @@ class Data:
 
 
 def read_data(data_dir: Path) -> Data:
-    """Read a directory that preprocess.py finished.
-
-    Raises InputError if a table was changed since, or if a group lies in two folds.
-    """
+    """Read a directory that preprocess.py finished. Raises InputError if a table was changed since, or if a group lies
+    in two folds."""
     facts = read_json(data_dir / "preprocess.json")
     given = {name: facts["sha256"][name] for name in facts["sha256"] if name.endswith(".csv")}
     check_hashes(data_dir, given, "run preprocess.py again")
@@ -127,10 +121,8 @@ def read_data(data_dir: Path) -> Data:
 
 # ---------------------------------------------------------------- boxes
 def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> pd.DataFrame:
-    """A table with the side of every image's box and the box's place in its wide crop.
-
-    Raises InputError if the boxes are of other images or not inside them.
-    """
+    """A table with the side of every image's box and the box's place in its wide crop. Raises InputError if the boxes
+    are of other images or not inside them."""
     path = crop_dir / f"{split}_boxes.csv"
     boxes = read_table(path, (*CORNERS, *PLACE))
     place = {column: numbers(boxes, column, path, 0, 1) for column in PLACE}
@@ -154,12 +146,9 @@ def as_words(column: pd.Series) -> pd.Series:
 
 
 class MetaEncoder:
-    """Metadata as numbers, fitted on training rows alone.
-
-    A text column becomes one column per value seen, one for unknown values and one for missing ones; a numeric column
-    becomes its standard score and a missing flag. A column that a later table lacks counts as missing everywhere, so
-    the width never changes.
-    """
+    """Metadata as numbers, fitted on training rows alone. A text column becomes one column per value seen, one for
+    unknown values and one for missing ones; a numeric column becomes its standard score and a missing flag. A column
+    that a later table lacks counts as missing everywhere, so the width never changes."""
 
     def __init__(self, columns: dict[str, dict]):
         self.columns = columns  # plain types: it is saved inside checkpoints

@@ -39,10 +39,8 @@ def plot_roc(path: Path, oof: pd.DataFrame) -> None:
 
 
 def plot_curves(path: Path, log: pd.DataFrame) -> None:
-    """Training loss, held-out loss and held-out AUC of every fold over the epochs.
-
-    The losses have axes of their own: the sampler, smoothing and penalties of training make them incomparable.
-    """
+    """Training loss, held-out loss and held-out AUC of every fold over the epochs. The losses have axes of their own:
+    the sampler, smoothing and penalties of training make them incomparable."""
     figure = new_figure(figsize=(12, 3.6))
     columns = {"train_loss": "training loss", "valid_loss": "held-out loss", "valid_auc": "held-out AUC"}
     for axes, (column, label) in zip(figure.subplots(1, 3), columns.items(), strict=True):
@@ -54,11 +52,9 @@ def plot_curves(path: Path, log: pd.DataFrame) -> None:
 
 
 def draw_row(axes, image: np.ndarray, size: tuple[int, int], box, attention, crop) -> None:
-    """Draw one image on three axes: with its box, its attention, and the crop.
-
-    image: a picture (H, W, 3) of an original of `size` (width, height); attention (h, w) covers its centre square;
-    box (localize.Box), attention and crop may be None.
-    """
+    """Draw one image on three axes: with its box, its attention, and the crop. image: a picture (H, W, 3) of an
+    original of `size` (width, height); attention (h, w) covers its centre square; box (localize.Box), attention and
+    crop may be None."""
     height, width = image.shape[:2]
     for axis in axes:
         axis.set_axis_off()

@@ -24,11 +24,9 @@ def flat_gates(model: nn.Module) -> torch.Tensor:
 
 
 def prune_curve(predict: Callable, model: nn.Module, target: np.ndarray) -> list[tuple[str, float, float]]:
-    """AUC with shares of the gates closed, lowest first: (ranking, share, AUC).
-
-    predict: model -> probabilities of the images of `target` (N,). Rankings: the gates, what they contribute on these
-    images, and chance. The model is left as it is.
-    """
+    """AUC with shares of the gates closed, lowest first: (ranking, share, AUC). predict: model -> probabilities of the
+    images of `target` (N,). Rankings: the gates, what they contribute on these images, and chance. The model is left as
+    it is."""
     gates, generator = fsg.gate_values(model), torch.Generator().manual_seed(0)
     rankings = {
         "gate": gates,
@@ -47,10 +45,8 @@ def prune_curve(predict: Callable, model: nn.Module, target: np.ndarray) -> list
 def record_gates(
     run_dir: Path, fold: int, model: nn.Module, history: list[torch.Tensor], predict: Callable, target: np.ndarray
 ) -> None:
-    """Write a fold's gates: fold{k}_gates.npy (epochs, gates), their sparsity by branch and epoch, prune curve, picture.
-
-    history: flat_gates of every epoch; predict, target: of held-out images.
-    """
+    """Write a fold's gates: fold{k}_gates.npy (epochs, gates), their sparsity by branch and epoch, prune curve,
+    picture. history: flat_gates of every epoch; predict, target: of held-out images."""
     names = {name: len(gate) for name, gate in fsg.gate_values(model).items()}
     rows = []
     for epoch, gates in enumerate(history, 1):

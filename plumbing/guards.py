@@ -11,12 +11,9 @@ from util import InputError
 
 
 def check_unseen(what, trained_on: dict | None, folds_sha256: str, fold: int) -> None:
-    """Raise InputError if what is given comes from networks that learned from images that `fold` holds out.
-
-    trained_on: {"folds_sha256", "fold"} from a checkpoint, with the fold that was held out from it; None for what was
-    made without labels of these images. The one rule for starting weights, sources of maps, saliency backbones, crops
-    and guides.
-    """
+    """Raise InputError if what is given comes from networks that learned from images that `fold` holds out. trained_on:
+    {"folds_sha256", "fold"} from a checkpoint, with the fold that was held out from it; None for what was made without
+    labels of these images. The one rule for starting weights, sources of maps, saliency backbones, crops and guides."""
     if trained_on not in (None, {"folds_sha256": folds_sha256, "fold": fold}):
         raise InputError(
             f"{what} comes from networks that learned from images that fold {fold} holds out here, or from other folds "
@@ -43,10 +40,8 @@ def fold_weights(weights: str, data: Data, k: int) -> str:
 
 
 def check_inputs(args, data: Data, folds: list[int], uses_meta: bool) -> tuple[dict, dict | None]:
-    """(hashes of all that a run is trained on, crop.json if crops are used); args: of train.py.
-
-    Raises InputError if an input is missing, of another shape, or from networks that saw what is held out now.
-    """
+    """(hashes of all that a run is trained on, crop.json if crops are used); args: of train.py. Raises InputError if an
+    input is missing, of another shape, or from networks that saw what is held out now."""
     for k in folds:
         fold_weights(args.weights, data, k)
     inputs, crop, path = {"folds": data.folds_sha256, "weights": args.weights}, None, Path(args.weights)

@@ -34,8 +34,6 @@ class ImageIndex:
     def __init__(self, *folders: Path):
         self.folders, self._found = folders, {}
         for folder in folders:
-            if not folder.is_dir():
-                raise InputError(f"{folder} is not a folder; pass the images' folder with --image_dir")
             for path in sorted(folder.rglob("*")):
                 if path.suffix.lower() in SUFFIXES:
                     for key in {name_key(path.relative_to(folder).as_posix()), name_key(path.name)}:
@@ -79,11 +77,9 @@ def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tu
 
 
 def cut(image: Image.Image, box: tuple, size: int, original_size: tuple[int, int]) -> np.ndarray:
-    """Cut a box (x0, y0, x1, y1 in pixels of the original) from its decoded image: uint8 (size, size, 3).
-
-    The image may be decoded at 1/2, 1/4 or 1/8, rounded up to whole pixels, which is why the factor is not the
-    quotient of the sizes. Antialiased bilinear (the filter the original used for its arrays).
-    """
+    """Cut a box (x0, y0, x1, y1 in pixels of the original) from its decoded image: uint8 (size, size, 3). The image may
+    be decoded at 1/2, 1/4 or 1/8, rounded up to whole pixels, which is why the factor is not the quotient of the sizes.
+    Antialiased bilinear (the filter the original used for its arrays)."""
     factor = 1 / round(max(original_size) / max(image.size))
     corners = np.clip(factor * np.array(box), 0, [*image.size, *image.size])
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=tuple(corners)))
@@ -97,20 +93,16 @@ def centre_square(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def read_square(path: Path, size: int, exact: bool = False) -> tuple[np.ndarray, tuple[int, int]]:
-    """Centre square of a file as uint8 (size, size, 3), and the original's (width, height).
-
-    Unless `exact`, a JPEG is decoded at a scale that keeps twice the pixels needed.
-    """
+    """Centre square of a file as uint8 (size, size, 3), and the original's (width, height). Unless `exact`, a JPEG is
+    decoded at a scale that keeps twice the pixels needed."""
     image, original_size = read_image(path, None if exact else 2 * size)
     return cut(image, centre_square(*original_size), size, original_size), original_size
 
 
 def read_crops(path: Path, boxes: list[tuple], sizes: list[int], original_size: tuple[int, int]) -> list[np.ndarray]:
-    """Square boxes (x0, y0, x1, y1) of a file, each resized: uint8 (size, size, 3) per box.
-
-    The file is decoded once, a JPEG at a scale that keeps twice the pixels needed. Raises InputError if it is not of
-    the (width, height) for which the boxes were found.
-    """
+    """Square boxes (x0, y0, x1, y1) of a file, each resized: uint8 (size, size, 3) per box. The file is decoded once, a
+    JPEG at a scale that keeps twice the pixels needed. Raises InputError if it is not of the (width, height) for which
+    the boxes were found."""
     needed = max(size / (x1 - x0) for (x0, _, x1, _), size in zip(boxes, sizes, strict=True))
     image, found_size = read_image(path, int(2 * needed * min(original_size)))
     if found_size != tuple(original_size):

@@ -11,18 +11,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from plumbing.data import Data, numbers
+from plumbing.data import Data
 from plumbing.figures import plot_curves, plot_roc
-from plumbing.files import check_hashes, read_csv, read_json, remove_leftovers, sha256, write_json, write_table
+from plumbing.files import check_hashes, read_csv, read_json, remove, sha256, write_json, write_table
 from plumbing.images import name_key
 from tasks import score_folds
-from util import FOLD, ID, PROB, TARGET, InputError
+from util import FOLD, ID, PROB, InputError
 
 FINDER = "finder"  # folder in a run on crops: all that finds the boxes of new images
-SPANS = {FOLD: (0, 1000), TARGET: (0, 1), PROB: (0, 1)}  # of the columns of prediction tables
 # arguments that may differ between two calls that train folds of one run; inputs are compared by their hashes
-FREE_ARGUMENTS = {"fold", "device", "workers", "resume", "overwrite", "max_hours", "tensorboard", "data_dir", "crop_dir",
-                  "guide", "weights", "runs_dir"}  # fmt: skip
+FREE_ARGUMENTS = {"fold", "device", "workers", "resume", "overwrite", "max_hours", "tensorboard", "data_dir",
+                  "crop_dir", "guide", "weights", "runs_dir"}  # fmt: skip
 
 
 # ---------------------------------------------------------------- reading
@@ -52,7 +51,7 @@ class Run:
     def table(self, name: str) -> pd.DataFrame:
         """oof.csv or test_predictions.csv; raises InputError if it was changed since it was scored."""
         check_hashes(self.path, {name: self.metrics["sha256"][name]}, "train or blend again")
-        return read_predictions(self.path / name)
+        return read_csv(self.path / name, (ID, FOLD, PROB), text=(ID,))
 
     def checkpoint(self, k: int) -> Path:
         """The best network of a fold; raises InputError if it is not the one that was scored."""
@@ -78,16 +77,6 @@ def read_run(path: Path) -> Run:
     return Run(path, config, read_json(path / "metrics.json"))
 
 
-def read_predictions(path: Path) -> pd.DataFrame:
-    """A table of predictions: image_name, fold, prob and perhaps target; raises InputError if a value is impossible."""
-    table = read_csv(path, [ID, FOLD, PROB], text=(ID,))
-    for column in SPANS.keys() & set(table):
-        table[column] = numbers(table, column, path, *SPANS[column])
-    if table.duplicated([ID, FOLD]).any() or (table[FOLD] % 1).any():
-        raise InputError(f"{path} has an image twice in a fold, or no whole fold numbers; train or blend again")
-    return table.astype({column: int for column in (FOLD, TARGET) if column in table})
-
-
 def score_line(name: str, metrics: dict) -> str:
     """One line of a result table: fold AUCs and their mean, out-of-fold AUC (ranked inside folds) with its interval."""
     folds = " ".join(f"{fold['auc']:.3f}" for fold in metrics["folds"])
@@ -98,11 +87,9 @@ def score_line(name: str, metrics: dict) -> str:
 
 # ---------------------------------------------------------------- writing
 def write_run(run_dir: Path, oof: pd.DataFrame, test, data: Data, folds: list[dict], **extra) -> dict:
-    """Write what every run, blends included, leaves behind; returns the metrics.
-
-    oof: image_name, fold, target, prob. test: image_name, fold, prob, or None. folds: facts about each fold (at least
-    its number), to which the scores are added. extra: further metrics.
-    """
+    """Write what every run, blends included, leaves behind; returns the metrics. oof: image_name, fold, target, prob.
+    test: image_name, fold, prob, or None. folds: facts about each fold (at least its number), to which the scores are
+    added. extra: further metrics."""
     metrics = score_folds(oof, data.group, [fold["fold"] for fold in folds]) | extra
     metrics["folds"] = [facts | new for facts, new in zip(folds, metrics["folds"], strict=True)]
     tables = {"oof.csv": oof}
@@ -126,36 +113,26 @@ def make_submission(test: pd.DataFrame, data: Data) -> pd.DataFrame:
 
 
 def open_run(run_dir: Path, config: dict, folds: list[int], resume: bool, overwrite: bool) -> list[int]:
-    """Create a run directory or add to it; returns the folds that are still to train.
-
-    Raises InputError if the run was made differently, or if a fold is finished or begun and `resume` is not set.
-    """
+    """Create a run directory or add to it; returns the folds that are still to train. Raises InputError if the run was
+    made differently, or if a fold is finished or begun and `resume` is not set."""
     path = run_dir / "config.json"
     if run_dir.exists() and not path.exists() and any(not p.name.endswith(".tmp") for p in run_dir.iterdir()):
         raise InputError(f"{run_dir} holds files but no run; pass another --name")
     if overwrite and path.exists():
         shutil.rmtree(run_dir)
     if path.exists():
-        old = read_json(path)
-        if config["inputs"] != old["inputs"]:
-            raise InputError(f"{run_dir} was trained on other data; pass --name or --overwrite")
-        for key in sorted(config["args"].keys() - FREE_ARGUMENTS):
-            if config["args"][key] != old["args"].get(key):
-                raise InputError(
-                    f"{run_dir} was made with {key} = {old['args'].get(key)}, not {config['args'][key]}; pass --name "
-                    "for a new run or --overwrite to replace this one"
-                )
+        kept = config["args"].keys() - FREE_ARGUMENTS
+        new, old = (c["inputs"] | {key: c["args"][key] for key in kept} for c in (config, read_json(path)))
+        for key in sorted(key for key in new if new[key] != old.get(key)):
+            raise InputError(f"{run_dir} has {key} = {old.get(key)}, not {new[key]}; pass --name or --overwrite")
     run_dir.mkdir(parents=True, exist_ok=True)
     for pattern in ("[!f]*.tmp", *(f"fold{k}_*.tmp" for k in folds)):  # other folds may be training
-        remove_leftovers(run_dir, pattern)
+        remove(run_dir, pattern)
     done = {k for k in folds if (run_dir / f"fold{k}_metrics.json").exists()}
     for k in () if resume else folds:
         if k in done or (run_dir / f"fold{k}_last.pt").exists():
             state = "finished" if k in done else "interrupted"
-            raise InputError(
-                f"fold {k} of {run_dir} is {state}; pass --resume to go on with what is missing or --overwrite to "
-                "start the run anew"
-            )
+            raise InputError(f"fold {k} of {run_dir} is {state}; pass --resume to go on or --overwrite to start anew")
     if config["crop"] is not None:
         copy_finder(Path(config["args"]["crop_dir"]), run_dir / FINDER)
     if not path.exists():
@@ -179,14 +156,13 @@ def write_fold(run_dir: Path, k: int, facts: dict, oof: pd.DataFrame, test: pd.D
     write_table(run_dir / f"fold{k}_oof.csv", oof)
     if test is not None:
         write_table(run_dir / f"fold{k}_test.csv", test)
-    write_json(run_dir / f"fold{k}_metrics.json", {"fold": k, "checkpoint": sha256(run_dir / f"fold{k}_best.pt"), **facts})
+    facts = {"fold": k, "checkpoint": sha256(run_dir / f"fold{k}_best.pt"), **facts}
+    write_json(run_dir / f"fold{k}_metrics.json", facts)
 
 
 def collect(run_dir: Path, data: Data) -> dict:
-    """Make the shared files of a run of those of its finished folds; returns the metrics.
-
-    Calls that finish at the same time may both collect: each starts over if a fold came in meanwhile.
-    """
+    """Make the shared files of a run of those of its finished folds; returns the metrics. Calls that finish at the same
+    time may both collect: each starts over if a fold came in meanwhile."""
 
     def gather(name: str) -> pd.DataFrame | None:
         paths = [run_dir / f"fold{k}_{name}.csv" for k in folds]

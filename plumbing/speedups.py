@@ -5,11 +5,9 @@ from torch import nn
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A 3 x 3 convolution, padded by zeros, that skips the zeros on maps of 1 x 1 and 2 x 2.
-
-    There 8/9 and 5/9 of a convolution's products are with padding. What is left is one matrix product over the whole
-    map. The same parameters and function as nn.Conv2d.
-    """
+    """A 3 x 3 convolution, padded by zeros, that skips the zeros on maps of 1 x 1 and 2 x 2. There 8/9 and 5/9 of a
+    convolution's products are with padding. What is left is one matrix product over the whole map. The same parameters
+    and function as nn.Conv2d."""
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> "SmallMapConv2d":
@@ -49,9 +47,7 @@ def skip_padding(network: nn.Module) -> nn.Module:
 
 def fold_batchnorms(network: nn.Module) -> nn.Module:
     """A network in eval mode with every batch norm multiplied into the convolution before it, if torch.fx can trace it.
-
-    The same function in fewer passes over memory.
-    """
+    The same function in fewer passes over memory."""
     from torch.fx.experimental.optimization import fuse
 
     small = [module for module in network.modules() if type(module) is SmallMapConv2d]

@@ -25,10 +25,8 @@ SMALL_MODEL = [
 
 # of tests/test_fuzz.py: the same few cases every time, or with --hypothesis-profile long many new
 for name, examples in (("short", 20), ("long", 1000)):
-    settings.register_profile(
-        name, max_examples=examples, deadline=None, derandomize=name == "short", database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    settings.register_profile(name, max_examples=examples, deadline=None, derandomize=name == "short", database=None,
+                              suppress_health_check=list(HealthCheck))  # fmt: skip
 settings.load_profile("short")
 
 
@@ -108,10 +106,9 @@ def runs_dir(data_dir, tmp_path_factory) -> Path:
     where = ["--data_dir", data_dir, "--runs_dir", runs]
     for model in ("resnet", "chipnet"):
         call("train", "--model", model, *where, *SMALL_MODEL)
-    call("crop", "--source", "attention", "--run", runs / "chipnet", "--data_dir", data_dir,
-         "--device", "cpu")  # fmt: skip
-    call("train", "--model", "cropnet", "--crop_dir", data_dir / "crops" / "chipnet", *where,
-         *SMALL_MODEL)  # fmt: skip
+    call("crop", "--run", runs / "chipnet", "--data_dir", data_dir, "--device", "cpu", "--backbone", "regnet_tiny",
+         "--weights", "none")  # fmt: skip
+    call("train", "--model", "cropnet", *where, *SMALL_MODEL)
     call("ensemble", "mean", "--runs_dir", runs, "--name", "mean")
     call("ensemble", "weights", "--runs_dir", runs)
     return runs
