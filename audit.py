@@ -53,7 +53,7 @@ def check_networks(run: Run, data: Data, device: str) -> tuple[bool, str]:
     args, oof, worst, fitted = argparse.Namespace(**run.config["args"]), run.table("oof.csv"), 0.0, True
     args.crop_dir, args.guide = args.crop_dir and Path(args.crop_dir), None
     for k in run.folds:
-        model, content = models.load_checkpoint(run.checkpoint(k), device)
+        model, content = models.load_checkpoint(run.checkpoint(k), pick_device(device))
         images, encoder = dataset.make_images(data, k, args, models.MODELS[args.model])
         fitted &= encoder.columns == content["encoder"]
         valid, expected = images["valid"], oof[oof[FOLD] == k].set_index(ID)[PROB]

@@ -83,11 +83,9 @@ class DrawHair(A.ImageOnlyTransform):
 
 class TurnAndTint(A.DualTransform):
     """A square image or its mirror image, turned by any angle, moved, and tinted: brighter, darker, duller or gaudier.
-
     All of it takes two passes over the pixels: one affine map, mirrored at the border, and one matrix on the colours,
     without a clip between brightness, contrast and saturation. About twice as fast as D4, Affine and ColorJitter of
-    albumentations, which do the same (benchmarks/speed.py).
-    """
+    albumentations, which do the same (benchmarks/speed.py)."""
 
     def __init__(self, shift: int = 0, tint: float = 0.2):
         super().__init__(p=1.0)
@@ -283,12 +281,10 @@ def draw_order(target: np.ndarray, sampler: str, seed: int) -> np.ndarray:
 
 
 def cut_batches(n_items: int, batch_size: int, accumulate: int, rank: int, size: int) -> list[tuple[int, list]]:
-    """Batches of an epoch: (items in the whole batch, this process's share of each of its `accumulate` parts).
-
-    A share is a list of (position, weight). Every process gets the same number of parts and at least two rows of each,
-    since batch norms need two and no process may sit a step out: rows that another process has too weigh 0. A last
-    batch of one item joins the batch before it.
-    """
+    """Batches of an epoch: (items in the whole batch, this process's share of each of its `accumulate` parts). A share
+    is a list of (position, weight). Every process gets the same number of parts and at least two rows of each, since
+    batch norms need two and no process may sit a step out: rows that another process has too weigh 0. A last batch of
+    one item joins the batch before it."""
     starts = list(range(0, n_items, batch_size))
     if len(starts) > 1 and n_items - starts[-1] == 1:
         starts.pop()
@@ -298,7 +294,8 @@ def cut_batches(n_items: int, batch_size: int, accumulate: int, rank: int, size:
         for part in np.array_split(np.arange(start, end), min(accumulate, end - start)):
             share = [(int(position), 1.0) for position in part[rank::size]]
             if len(share) < 2:
-                others = [p for p in (*part, *range(start, end)) if (p, 1.0) not in share]
+                others = dict.fromkeys([*part, *range(start, end), (start - 1) % n_items])
+                others = [position for position in others if (position, 1.0) not in share]
                 share += [(int(position), 0.0) for position in others[: 2 - len(share)]]
             shares.append(share)
         batches.append((end - start, shares))
@@ -311,7 +308,7 @@ class TrainLoader:
     def __init__(self, images: ImageDataset, sampler: str, batch_size: int, accumulate: int, workers: int, team: Team):
         self.images, self.sampler, self.how = images, sampler, (batch_size, accumulate, team.rank, team.size)
         self.batches, self._epoch = [], []
-        self._loader = DataLoader(images, batch_sampler=self, **loader_options(workers), persistent_workers=workers > 0)
+        self._loader = DataLoader(images, batch_sampler=self, **loader_options(workers))
 
     def __iter__(self) -> Iterator[list]:
         for _, shares in self.batches:
@@ -338,9 +335,10 @@ def start_worker(worker_id: int) -> None:
 
 
 def loader_options(workers: int) -> dict:
-    """What all loaders have in common."""
+    """What all loaders have in common; their processes start once."""
     pin = workers > 0 and torch.cuda.is_available()
-    return {"num_workers": workers, "worker_init_fn": start_worker, "pin_memory": pin}
+    more = {"worker_init_fn": start_worker, "persistent_workers": workers > 0, "pin_memory": pin}
+    return {"num_workers": workers, **more}
 
 
 def eval_loader(images: Dataset, rows, batch_size: int, workers: int) -> DataLoader:

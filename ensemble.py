@@ -43,7 +43,7 @@ def find_runs(names: list[str] | None, runs_dir: Path, blend: str) -> list[Run]:
 def align(runs: list[Run], name: str, keys: list[str]) -> tuple[pd.DataFrame, np.ndarray]:
     """A table of several runs joined on its keys: (keys, prob (N, K)); raises InputError if rows do not match."""
     tables = {run.name: run.table(name).set_index(keys)[PROB] for run in runs}
-    joined = pd.concat(tables, axis=1).reindex(next(iter(tables.values())).index.union([], sort=False))
+    joined = pd.concat(tables, axis=1).reindex(next(iter(tables.values())).index)
     sizes = {len(table) for table in tables.values()}
     if joined.isna().any(axis=None) or len(sizes) > 1:
         lacking = joined.isna().any(axis=0)

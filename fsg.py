@@ -34,9 +34,8 @@ GATE = "fsg"
 # (class of a block, modules that end its residual branches before the skip is added); the first row that fits counts
 BRANCHES = (
     ("EncoderBlock", ("self_attention", "mlp")),  # torchvision ViT
-    ("SwinTransformerBlock", ("attn", "mlp")),  # torchvision and timm
-    ("SwinTransformerBlockV2", ("norm1", "norm2")),  # torchvision: a norm ends the branch
-    ("SwinTransformerV2Block", ("norm1", "norm2")),  # timm
+    ("SwinTransformer*V2*", ("norm1", "norm2")),  # torchvision and timm: a norm ends the branch
+    ("SwinTransformerBlock", ("attn", "mlp")),
     ("CNBlock", ("block.5",)),  # torchvision ConvNeXt
     ("ConvNeXtBlock", ("mlp.fc2",)),  # timm
     ("BasicBlock", ("bn2",)),  # ResNet 18 and 34, torchvision and timm
@@ -74,11 +73,8 @@ MODES = ("off", "single", "sequential", "upstream", "held_out")
 
 # ---------------------------------------------------------------- gates
 def gate_of(module: nn.Module, sample: bool = False) -> torch.Tensor:
-    """Gate (C,) of a gated module.
-
-    The kind decides how it is computed from the logit w: "identity" 2 sigmoid(w), "paper" sigmoid(w), "hard" a sigmoid
-    stretched beyond [0, 1] and clamped to it. sample: draw a hard gate at random, as in training.
-    """
+    """Gate (C,) of a gated module, computed from its logit w as its kind says: "identity" 2 sigmoid(w), "paper"
+    sigmoid(w), "hard" a sigmoid stretched beyond [0, 1] and clamped to it. sample: draw hard gates at random."""
     logit = module.fsg
     if module.fsg_kind != "hard":
         return 2 * STARTS[module.fsg_kind] * torch.sigmoid(logit)
@@ -89,10 +85,8 @@ def gate_of(module: nn.Module, sample: bool = False) -> torch.Tensor:
 
 
 def apply_gate(module: nn.Module, inputs, output):
-    """Forward hook: multiply the output, or the first one of a tuple, by the gate along its channels.
-
-    It is a function of the module and no closure, so that a deep copy of the network uses its own gates.
-    """
+    """Forward hook: multiply the output, or the first one of a tuple, by the gate along its channels."""
+    # a function of the module and not a closure over a gate, so that a deep copy of the network uses its own gates
     branch = output[0] if isinstance(output, tuple) else output
     shape = [1] * branch.ndim
     shape[module.fsg_axis] = -1
@@ -100,43 +94,26 @@ def apply_gate(module: nn.Module, inputs, output):
     return (gated, *output[1:]) if isinstance(output, tuple) else gated
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is Hugging Face's Conv1D: a linear layer whose weight is transposed."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
 def layers_of(module: nn.Module) -> list[nn.Module]:
     """The linear, convolution and norm layers with a weight in a module, in order."""
-    kinds = CHANNELS_LAST + CHANNELS_FIRST
-    layers = [m for m in module.modules() if isinstance(m, kinds) or is_conv1d(m)]
+    kinds, conv1d = CHANNELS_LAST + CHANNELS_FIRST, "Conv1D"  # Hugging Face's linear layer with a transposed weight
+    layers = [m for m in module.modules() if isinstance(m, kinds) or (type(m).__name__ == conv1d and hasattr(m, "nf"))]
     return [layer for layer in layers if layer.weight is not None]  # a norm may have none
 
 
-def last_layer(branch: nn.Module) -> nn.Module:
-    """The last layer of a branch: it makes the branch's output, so that the gate can be multiplied into its weight.
-
-    Raises ValueError if there is none, if an activation changes its output, or if its weight is not a plain parameter.
-    """
+def refusal(branch: nn.Module) -> str:
+    """Why a gate cannot be folded into the last layer of a branch; empty if it can."""
     layers = layers_of(branch)
     if not layers:
-        raise ValueError(f"{type(branch).__name__} has no linear, convolution or norm layer to gate")
-    layer = layers[-1]
-    if "weight" not in layer._parameters or "Std" in type(layer).__name__:  # timm's StdConv2d normalises its weight
-        raise ValueError(f"{type(layer).__name__} computes its weight in every forward pass, so no gate folds into it")
+        return f"{type(branch).__name__} has no linear, convolution or norm layer to gate"
+    last = layers[-1]
+    if "weight" not in last._parameters or "Std" in type(last).__name__:  # timm's StdConv2d normalises its weight
+        return f"{type(last).__name__} computes its weight anew in every forward pass"
     # only a Sequential tells what comes after its last layer; timm's norm layers have their activation inside
-    modules = list((branch if isinstance(branch, nn.Sequential) else layer).modules())
-    for module in modules[modules.index(layer) + 1 :]:
-        if not any(word in type(module).__name__ for word in LINEAR):
-            raise ValueError(f"a {type(module).__name__} follows the last layer; name that layer itself as the site")
-    return layer
-
-
-def takes_gate(branch: nn.Module) -> bool:
-    """Whether a gate after this branch could be folded into its last layer."""
-    try:
-        return last_layer(branch) is not None
-    except ValueError:
-        return False
+    modules = list((branch if isinstance(branch, nn.Sequential) else last).modules())
+    following = [type(module).__name__ for module in modules[modules.index(last) + 1 :]]
+    changing = [name for name in following if not any(word in name for word in LINEAR)]
+    return f"a {changing[0]} follows its last layer; name that layer itself as the site" if changing else ""
 
 
 def has_skip(block: nn.Module) -> bool:
@@ -147,28 +124,27 @@ def has_skip(block: nn.Module) -> bool:
 
 
 def find_sites(model: nn.Module) -> list[str]:
-    """Names of the modules that end the residual branches of a known network.
-
-    Warns if some blocks of known classes have a skip but can take no gate; raises ValueError if no branch is known.
-    """
+    """Names of the modules that end the residual branches of a known network; raises ValueError for other networks.
+    Warns if blocks of known classes have a skip but can take no gate."""
     sites, ungated = [], Counter()
     for name, block in model.named_modules():
-        kinds = [kind.__name__ for kind in type(block).__mro__]  # the nearest first: Swin v2 extends Swin
+        kinds = [kind.__name__ for kind in type(block).__mro__]  # a class may extend that of another row
         rows = [row for kind in kinds for pattern, row in BRANCHES if fnmatchcase(kind, pattern)]
         if rows and has_skip(block):
             inside = dict(block.named_modules())
-            known = [row for row in rows if any(site in inside for site in row)]
-            whole = [row for row in known if all(site in inside and takes_gate(inside[site]) for site in row)]
-            sites += [f"{name}.{site}" if name else site for site in (whole[0] if whole else ())]
-            ungated[type(block).__name__] += bool(known and not whole)
+            rows = [row for row in rows if any(site in inside for site in row)]
+            fits = [row for row in rows if all(site in inside and not refusal(inside[site]) for site in row)]
+            sites += [f"{name}.{site}" if name else site for site in (fits[0] if fits else ())]
+            ungated[type(block).__name__] += bool(rows and not fits)
     if not sites:
         names = [name for name, m in model.named_modules() if name and layers_of(m)]
         patterns = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
         listed = ", ".join(f"{p} ({n})" if n > 1 else p for p, n in patterns.most_common(20))
-        raise ValueError(f"no residual branch known in {type(model).__name__}; pass sites=[...], patterns of the modules "
-                         f"that end its branches. Candidates: {listed or 'none'}")  # fmt: skip
-    if listed := ", ".join(f"{n} {kind}" for kind, n in ungated.items() if n):
-        warnings.warn(f"residual blocks without a gate, because none would fold into them: {listed}", stacklevel=2)
+        raise ValueError(f"no residual branch known in {type(model).__name__}; pass sites=[...], patterns of the "
+                         f"modules that end them. Candidates: {listed or 'none'}")  # fmt: skip
+    if ungated.total():
+        listed = ", ".join(f"{n} {kind}" for kind, n in (+ungated).items())
+        warnings.warn(f"residual blocks without a gate, because none folds into them: {listed}", stacklevel=3)
     return sites
 
 
@@ -194,26 +170,22 @@ def add_gates(
     """
     if init not in ("identity", "paper") or (hard and init == "paper"):
         raise ValueError(f"init {init!r}, hard {hard}: take 'identity', or 'paper' without hard")
-    layers = {}
-    for name in find_sites(model) if sites is None else match_sites(model, list(sites)):
-        branch = model.get_submodule(name)
-        if hasattr(branch, GATE):
-            raise ValueError(f"{name} has a gate already")
-        try:
-            layers[name] = last_layer(branch)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    for name, layer in layers.items():  # all of them are checked before the first is changed
-        branch, weight = model.get_submodule(name), layer.weight
-        logit = torch.full((layer.nf if is_conv1d(layer) else len(weight),), HARD_START if hard else 0.0,
-                           device=weight.device)  # fmt: skip
+    names = find_sites(model) if sites is None else match_sites(model, list(sites))
+    branches = {name: model.get_submodule(name) for name in names}
+    for name, branch in branches.items():  # all are checked before one is changed
+        if problem := "it has a gate already" if hasattr(branch, GATE) else refusal(branch):
+            raise ValueError(f"{name}: {problem}")
+    for branch in branches.values():
+        layer = layers_of(branch)[-1]
+        channels = getattr(layer, "nf", len(layer.weight))  # nf: of Conv1D
+        logit = torch.full((channels,), HARD_START if hard else 0.0, device=layer.weight.device)
         if init == "paper":
             nn.init.xavier_normal_(logit.unsqueeze(0))
         branch.register_parameter(GATE, nn.Parameter(logit))
         branch.fsg_kind = "hard" if hard else init
         # the layer decides and not the number of dimensions: Swin's maps (N, H, W, C) have four too
-        channels_last = isinstance(layer, CHANNELS_LAST) and not type(layer).__name__.endswith("2d")  # LayerNorm2d
-        branch.fsg_axis = -1 if channels_last or is_conv1d(layer) else 1
+        channels_first = isinstance(layer, CHANNELS_FIRST) or type(layer).__name__.endswith("2d")  # LayerNorm2d
+        branch.fsg_axis = 1 if channels_first else -1
         branch.register_forward_hook(apply_gate)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
@@ -245,25 +217,21 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def gate_values(model: nn.Module, relative: bool = False) -> dict[str, torch.Tensor]:
     """The gates, detached, as {branch name: (C,)}; relative: divided by the value they started at."""
-    return {
-        name: gate_of(module).detach() / (STARTS[module.fsg_kind] if relative else 1.0)
-        for name, module in gated_modules(model).items()
-    }
+    gates = {name: (gate_of(module).detach(), STARTS[module.fsg_kind]) for name, module in gated_modules(model).items()}
+    return {name: gate / start if relative else gate for name, (gate, start) in gates.items()}
 
 
 def gate_penalty(model: nn.Module) -> torch.Tensor:
     """Scalar that closes gates if it is added to the loss with a weight: the mean gate (L1), or for hard gates the
     mean probability of being open (L0; equation 12 of Louizos et al.)."""
     shift = TEMPERATURE * math.log(-LOW / HIGH)
-    terms = [
-        torch.sigmoid(module.fsg - shift) if module.fsg_kind == "hard" else gate_of(module)
-        for module in gated_modules(model).values()
-    ]
+    modules = gated_modules(model).values()
+    terms = [torch.sigmoid(m.fsg - shift) if m.fsg_kind == "hard" else gate_of(m) for m in modules]
     return torch.cat(terms).mean()
 
 
 def gate_statistics(gate: torch.Tensor) -> dict[str, float]:
-    """Sparsity of gates (n,) relative to their start: the mean, the shares below .05 and .01, Hoyer's and Gini's indices
+    """Sparsity of gates (n,) relative to their start: the mean, the shares below .05 and .01, Hoyer's and Gini's index
     (0 if all are equal, 1 if all but one are closed) and the effective share (participation ratio / n)."""
     gate = gate.double().sort().values
     n, total, square = len(gate), gate.sum().item(), gate.square().sum().item()
@@ -282,9 +250,7 @@ def gate_statistics(gate: torch.Tensor) -> dict[str, float]:
 @torch.no_grad()
 def gate_contributions(model: nn.Module, run: Callable[[], object]) -> dict[str, torch.Tensor]:
     """Mean absolute output of each gated channel over the forward passes of run(), (C,) divided by the branch's mean.
-
-    Unlike the gate itself it stays the same if the gate is scaled up and the weight before it down.
-    """
+    Unlike the gate itself it stays the same if the gate is scaled up and the weight before it down."""
     sums = {name: torch.zeros_like(gate) for name, gate in gate_values(model).items()}
 
     def record(name: str, module: nn.Module, inputs, output) -> None:  # runs after apply_gate and gets its result
@@ -301,18 +267,13 @@ def gate_contributions(model: nn.Module, run: Callable[[], object]) -> dict[str,
 @torch.no_grad()
 def prune_gates(model: nn.Module, share: float, scores: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """Close the `share` (0 to 1) of all gates with the lowest scores for good; returns the model.
-
-    scores: {branch name: (C,)}, for example gate_contributions; None takes the gates' values.
-    Raises ValueError if the share is out of range.
-    """
+    scores: {branch name: (C,)}, for example gate_contributions; None takes the gates' values."""
     if not 0 <= share <= 1:
         raise ValueError(f"share {share} does not lie in 0 to 1")
     scores, modules = scores or gate_values(model), gated_modules(model)
     score = torch.cat([scores[name] for name in modules])
-    closed = torch.zeros(len(score), dtype=torch.bool, device=score.device)
-    closed[score.argsort(stable=True)[: round(share * len(score))]] = True
-    sizes = [len(module.fsg) for module in modules.values()]
-    for module, mine in zip(modules.values(), closed.split(sizes), strict=True):
+    closed = score.argsort(stable=True).argsort() < round(share * len(score))  # by rank: gates may be equal
+    for module, mine in zip(modules.values(), closed.split([len(m.fsg) for m in modules.values()]), strict=True):
         module.fsg[mine] = CLOSED
     return model
 
@@ -325,30 +286,28 @@ def pruned(model: nn.Module, share: float, scores: dict[str, torch.Tensor] | Non
     try:
         yield prune_gates(model, share, scores)
     finally:
-        with torch.no_grad():
-            for gate, value in zip(gates, kept, strict=True):
-                gate.copy_(value)
+        for gate, value in zip(gates, kept, strict=True):
+            gate.data.copy_(value)
 
 
 @torch.no_grad()
 def fold_gates(model: nn.Module) -> nn.Module:
     """Multiply every gate into the last layer of its branch and remove it, which leaves the plain network.
-
-    Raises ValueError if another part of the model uses that layer or its weight as well, because it would change too.
-    """
+    Raises ValueError if another part of the model uses that layer or its weight as well, as it would change too."""
     paths = defaultdict(list)  # all names of a parameter: a shared one has more than the gate after it
     for path, parameter in model.named_parameters(remove_duplicate=False):
         paths[id(parameter)].append(path)
-    layers = {name: last_layer(module) for name, module in gated_modules(model).items()}
-    for name, module in gated_modules(model).items():
-        for parameter in layers[name].parameters(recurse=False):
+    modules = gated_modules(model)
+    for name, module in modules.items():
+        if problem := refusal(module):
+            raise ValueError(f"{name}: {problem}")
+        for parameter in layers_of(module)[-1].parameters(recurse=False):
             if parameter is not module.fsg and len(paths[id(parameter)]) > len(paths[id(module.fsg)]):
                 raise ValueError(f"the gate of {name} does not fold: {', '.join(paths[id(parameter)])} are one tensor")
-    for name, module in gated_modules(model).items():
-        layer, gate = layers[name], gate_of(module)
-        shape = [1] * layer.weight.ndim
-        shape[-1 if is_conv1d(layer) else 0] = -1
-        layer.weight.mul_(gate.view(shape))
+    for module in modules.values():
+        layer, gate = layers_of(module)[-1], gate_of(module)
+        transposed = hasattr(layer, "nf")
+        layer.weight.mul_(gate if transposed else gate.view(-1, *[1] * (layer.weight.ndim - 1)))
         if layer.bias is not None:
             layer.bias.mul_(gate)
         del module.fsg, module.fsg_kind, module.fsg_axis
@@ -359,30 +318,27 @@ def fold_gates(model: nn.Module) -> nn.Module:
 
 # ---------------------------------------------------------------- gradient routing
 @contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Parameters get no gradient inside the block."""
-    parameters = [p for p in parameters if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+def switched_off(flag: str, objects: Iterable) -> Iterator[None]:
+    """Set an attribute that is True to False inside the block."""
+    objects = [o for o in objects if getattr(o, flag)]
+    for o in objects:
+        setattr(o, flag, False)
     try:
         yield
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        for o in objects:
+            setattr(o, flag, True)
 
 
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms in training mode normalise by the batch but leave their running statistics inside the block."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [norm for norm in norms if norm.training and norm.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
+def frozen(parameters: Iterable[nn.Parameter]):
+    """Context in which parameters get no gradient."""
+    return switched_off("requires_grad", parameters)
+
+
+def frozen_statistics(model: nn.Module):
+    """Context in which batch norms in training mode still normalise by the batch but keep their running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    return switched_off("track_running_stats", norms)
 
 
 class GradientRouting:
@@ -392,12 +348,10 @@ class GradientRouting:
     "single": one forward and one backward pass; both optimizers step from the same point.
     "sequential": the gates step first on a pass of their own, then the weights on a second pass at the new gates; the
     parameters that do not step are frozen.
-    "held_out": as "sequential", but the gates step on a batch that the weights are not fitted to, which is a first-order
-    step of bilevel optimisation.
+    "held_out": as "sequential", but the gates step on images that the weights are not fitted to (bilevel, first order).
     "upstream": as published: both passes give gradients to all parameters, those of the weights add up, and clipping
     takes the norm over everything.
     clip, gate_clip: largest gradient norm of the weights and of the gates, each by itself.
-    model may be wrapped in DistributedDataParallel or torch.compile.
     Raises ValueError if mode and optimizers contradict each other or the model has no gates.
     """
 
@@ -415,27 +369,17 @@ class GradientRouting:
             raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         if (gate_optimizer is None) != (mode == "off"):
             raise ValueError(f"mode {mode!r} and gate_optimizer {gate_optimizer} contradict")
-        self.model, self.mode = model, mode
-        self.optimizer, self.gate_optimizer = optimizer, gate_optimizer
+        self.model, self.mode, self.optimizer, self.gate_optimizer = model, mode, optimizer, gate_optimizer
         self.optimizers = [o for o in (optimizer, gate_optimizer) if o is not None]
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         self.clips = {id(optimizer): clip, id(gate_optimizer): gate_clip}
         self.base_lrs = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.gates, self.weights = gate_parameters(model), weight_parameters(model)
-        self._check_owners()
-
-    def _check_owners(self) -> None:
-        """Raise ValueError if gate_optimizer does not hold all gates and nothing else; compares by identity."""
-        if self.gate_optimizer is None:
-            return
-        gate_ids = {id(gate) for gate in self.gates}
-        owned = [{id(p) for g in o.param_groups for p in g["params"]} for o in self.optimizers]
-        if not gate_ids or owned[1] != gate_ids or owned[0] & gate_ids:
-            raise ValueError(
-                f"the model has {len(gate_ids)} gates, gate_optimizer {len(owned[1])} parameters, optimizer "
-                f"{len(owned[0] & gate_ids)} of the gates; gate_optimizer should hold gate_parameters(model) and "
-                "optimizer the rest"
-            )
+        gates = {id(gate) for gate in self.gates}
+        owned = [{id(p) for group in o.param_groups for p in group["params"]} for o in self.optimizers]
+        if gate_optimizer is not None and not (gates and owned[1] == gates and owned[0].isdisjoint(gates)):
+            raise ValueError(f"gate_optimizer holds {len(owned[1])} parameters and optimizer {len(owned[0] & gates)} "
+                             f"of the {len(gates)} gates; give them gate_parameters(model) and the others")  # fmt: skip
 
     def scale_lr(self, factor: float) -> None:
         """Set all learning rates to `factor` times what they were at construction."""
@@ -446,59 +390,40 @@ class GradientRouting:
     def step(self, loss_fn: Callable, parts: list | None = None, gate_loss_fn: Callable | None = None) -> torch.Tensor:
         """Take one step on the loss that `loss_fn()` computes; returns the loss, detached.
 
-        parts: gradient accumulation. The loss is then the sum of `loss_fn(part)` over the parts, each with a backward
-        pass of its own, so loss_fn scales each part's loss to its share of the batch.
-        gate_loss_fn: the loss that the gates step on if they have a pass of their own. "held_out" needs one and calls
-        it once, without a part. Raises ValueError if the mode does not go with it or parts is empty.
+        parts: accumulate gradients: the loss is the sum of `loss_fn(part)` over the parts, with a backward pass after
+        each, so loss_fn has to scale the loss of a part to its share of the batch.
+        gate_loss_fn: the loss that the gates step on if they have a pass of their own, called like loss_fn.
+        "held_out" needs one and calls it once, without a part. Raises ValueError if the mode does not go with it.
         """
         two_passes = self.mode in ("sequential", "held_out", "upstream")
         if (gate_loss_fn is None and self.mode == "held_out") or (gate_loss_fn and not two_passes):
             raise ValueError(f"mode {self.mode!r} does not go with gate_loss_fn {gate_loss_fn}")
-        if parts is not None and not len(parts):
-            raise ValueError("parts is empty")
-        losses = losses_of(loss_fn, parts)
-        gate_losses = losses_of(gate_loss_fn or loss_fn, None if self.mode == "held_out" else parts)
-        self._zero_grad()
         if not two_passes:
-            return self._pass(losses, self.optimizers)
-        if self.mode == "upstream":
-            self._pass(gate_losses, [self.gate_optimizer])
-            return self._pass(losses, [self.optimizer])
-        with self._frozen(self.weights), frozen_statistics(self.model):
-            self._pass(gate_losses, [self.gate_optimizer])
-        self._zero_grad()
-        with self._frozen(self.gates):
-            return self._pass(losses, [self.optimizer])
-
-    def _frozen(self, parameters: list[nn.Parameter]):
+            return self._pass(loss_fn, parts, self.optimizers)
+        upstream, gate_parts = self.mode == "upstream", None if self.mode == "held_out" else parts
         # freezing only saves time; DistributedDataParallel waits for the gradients of all parameters it started with
-        return frozen([] if hasattr(self.model, "no_sync") else parameters)
+        learn_all = upstream or hasattr(self.model, "no_sync")
+        with frozen([] if learn_all else self.weights), nullcontext() if upstream else frozen_statistics(self.model):
+            self._pass(gate_loss_fn or loss_fn, gate_parts, [self.gate_optimizer])
+        with frozen([] if learn_all else self.gates):
+            return self._pass(loss_fn, parts, [self.optimizer], zero_grad=not upstream)
 
-    def _zero_grad(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-
-    def _pass(self, losses: list[Callable], optimizers: list[torch.optim.Optimizer]) -> torch.Tensor:
-        """Add up the gradients of all losses, then step; returns the sum of the losses."""
-        values = []
-        for i, loss_fn in enumerate(losses, 1):
-            # DistributedDataParallel averages the gradients over the processes in the last backward pass only
-            no_sync = getattr(self.model, "no_sync", nullcontext) if i < len(losses) else nullcontext
-            with no_sync():
-                loss = loss_fn()
+    def _pass(self, loss_fn: Callable, parts: list | None, optimizers: list, zero_grad: bool = True) -> torch.Tensor:
+        """Forward and backward passes over all parts, then a step of the optimizers; returns the sum of the losses."""
+        for optimizer in self.optimizers if zero_grad else ():
+            optimizer.zero_grad()
+        total, calls = 0.0, [()] if parts is None else [(part,) for part in parts]
+        no_sync = getattr(self.model, "no_sync", nullcontext)  # DistributedDataParallel averages gradients after it
+        for i, arguments in enumerate(calls, 1):
+            with no_sync() if i < len(calls) else nullcontext():
+                loss = loss_fn(*arguments)
                 self.scaler.scale(loss).backward()
-            values.append(loss.detach())
+            total = total + loss.detach()
         for optimizer in optimizers:
             if (clip := self.clips[id(optimizer)]) is not None:
                 self.scaler.unscale_(optimizer)
                 own = [p for group in optimizer.param_groups for p in group["params"]]
-                norm_of = self.model.parameters() if self.mode == "upstream" else own
-                nn.utils.clip_grad_norm_(norm_of, clip)
+                nn.utils.clip_grad_norm_(self.model.parameters() if self.mode == "upstream" else own, clip)
             self.scaler.step(optimizer)
         self.scaler.update()
-        return sum(values[1:], values[0])
-
-
-def losses_of(loss_fn: Callable, parts: list | None) -> list[Callable]:
-    """The losses of one pass, as functions without arguments."""
-    return [loss_fn] if parts is None else [partial(loss_fn, part) for part in parts]
+        return total

@@ -399,12 +399,10 @@ def excess_mass(attention: np.ndarray, box: Box, square: tuple) -> float:
 def find_box(
     attention: np.ndarray, image_size: tuple[int, int], rule: str = "component", num_devs: float | None = None
 ) -> Box:
-    """Square to cut from an original of image_size (width, height) px, by its attention (h, w).
-
-    If the rule finds nothing the box is the whole centre square, with the reason. A box that would leave the image is
-    shifted, never clipped: "original" stays in the centre square, the others may use all of the picture. num_devs: of
-    the rule "original".
-    """
+    """Square to cut from an original of image_size (width, height) px, by its attention (h, w). If the rule finds
+    nothing the box is the whole centre square, with the reason. A box that would leave the image is shifted, never
+    clipped: "original" stays in the centre square, the others may use all of the picture. num_devs: of the rule
+    "original"."""
     square = left, top, right, _ = centre_square(*image_size)
     short = right - left
     apply = RULES[rule] if num_devs is None else partial(RULES[rule], num_devs=num_devs)
@@ -442,7 +440,8 @@ class Finder:
         for k in facts["folds"]:
             network, meta = None, None
             if facts["trained"]:
-                network, content = load_checkpoint(folder / f"fold{k}_network.pt", device, fold=True)
+                fold = SOURCES[facts["source"]].needs == "attention"  # Grad-CAM needs the modules that end a stage
+                network, content = load_checkpoint(folder / f"fold{k}_network.pt", device, fold=fold)
                 network.shifts, meta = facts["shifts"], blank_meta(content)
             sources[k] = SOURCES[facts["source"]].make(network, saliencies.get(k), meta)
         return cls(sources, facts["rule"], facts["num_devs"], facts["views"])

@@ -62,6 +62,9 @@ def read_inputs(args: argparse.Namespace, inputs: dict[str, Path]) -> dict[str, 
     if len({args.image_col, args.target_col, args.group_col}) < 3:
         raise InputError("--image_col, --target_col and --group_col name one column; pass three")
     tables = {s: read_labels(inputs[s], args, s != "test") for s in ("train", "extra", "test") if s in inputs}
+    names = {split: set(table[ID].map(name_key)) for split, table in tables.items()}
+    if twice := names["train"] & names.get("extra", set()):
+        raise InputError(f"{args.train_csv} and {args.extra_csv} both have an image {min(twice)!r}; rename one")
     col = group_column(tables["train"], args)
     groups = {split: groups_of(table, col if col in table else None) for split, table in tables.items()}
     fold = {"train": assign_folds(tables["train"][TARGET].to_numpy(), groups["train"], args.n_folds, args.seed)}
@@ -75,7 +78,7 @@ def read_inputs(args: argparse.Namespace, inputs: dict[str, Path]) -> dict[str, 
         columns = [str(column) for column in read_csv(path)]
         id_col = args.image_col if args.image_col in columns else columns[0]
         sample = read_csv(path, text=(id_col,))[[id_col, *(column for column in columns if column != id_col)]]
-        odd = sorted(set(sample[id_col].map(name_key)) ^ set(tables["test"][ID].map(name_key)))
+        odd = sorted(set(sample[id_col].map(name_key)) ^ names["test"])
         if odd and args.limit is None:
             raise InputError(f"{path} and {inputs['test']} name other images: only one has {odd[0]!r}; repair it")
         tables["sample_submission"] = sample
@@ -107,7 +110,7 @@ def assign_folds(target: np.ndarray, group: np.ndarray, n_folds: int, seed: int)
             raise InputError(f"class {label} has only {found} groups, too few for {n_folds} folds; pass a smaller "
                              "--n_folds or more data")  # fmt: skip
     if len(names) == len(group):  # every row is a group of its own
-        splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+        splitter, code = StratifiedKFold(n_folds, shuffle=True, random_state=seed), None
     else:
         splitter, code = StratifiedGroupKFold(n_folds), np.random.default_rng(seed).permutation(len(names))[code]
     fold = np.full(len(target), -1)
@@ -130,7 +133,7 @@ def locate(tables: dict, image_dirs: dict[str, list], skip: bool) -> dict[str, l
         missing = [name for name, path in zip(names, paths[split], strict=True) if path is None]
         if missing and not skip:
             count = f"{len(missing)} of {len(names)} are missing"
-            raise InputError(f"{where} has no image {missing[0]!r} ({count}); check --image_dir or pass --on_error skip")
+            raise InputError(f"{where} has no image {missing[0]!r} ({count}); check --image_dir, or --on_error skip")
         for name in missing:
             tqdm.write(f"skipped {name}: no such image in {where}")
         for name, path in zip(names, paths[split], strict=True):

@@ -22,8 +22,8 @@ FEWEST_SAMPLES = 200
 def read_target(table: pd.DataFrame, path: Path, positive: str | None = None) -> np.ndarray:
     """Targets of a table as int (N,), 1 for the value `positive` if that is given; InputError unless all are 0 or 1."""
     column = table[TARGET]
-    if positive is not None and not column.isna().any():
-        column = (column.astype(str) == positive).astype(int)
+    if positive is not None:
+        column = (column.astype(str) == positive).astype(float).where(column.notna())
     values = pd.to_numeric(column, errors="coerce")
     bad = ~values.isin([0, 1])
     if bad.any():

@@ -11,8 +11,7 @@ Writes  runs/NAME/: config.json, for each fold fold{k}_best.pt, fold{k}_last.pt 
     torchrun --nproc_per_node=3 train.py --model resnet
 
 Folds may be trained in several calls, also at the same time: a run collects them. Under torchrun every process trains
-folds of its own if their number allows, otherwise all train each fold together, with a share of every batch. The
-defaults are the original's recipe: focal loss, balanced sampling, Adam, learning rate x 0.95 per epoch, early stopping.
+folds of its own if their number allows, otherwise all train each fold together, with a share of every batch.
 """
 
 import argparse
@@ -52,21 +51,21 @@ GATE_DEFAULTS = {"gate_init": "identity", "gate_lr": 1e-3, "gate_l1": 0.0, "rout
 class Progress:
     """Where the training of a fold stands after its last whole epoch."""
 
-    epoch: int = 0
+    epochs: int = 0
     best_epoch: int = 0
-    auc: float = -1.0  # of the last epoch
-    best_auc: float = -1.0
+    last_valid_auc: float = -1.0
+    best_valid_auc: float = -1.0
     seconds: float = 0.0
     log: list[dict] = field(default_factory=list)  # a row per epoch
     gates: list[torch.Tensor] = field(default_factory=list)  # all gates after each epoch
 
     def note(self, row: dict) -> bool:
         """Add an epoch by its row of the log; returns whether it is the best so far."""
-        self.epoch, self.auc, self.seconds = row["epoch"], row["valid_auc"], self.seconds + row["seconds"]
+        self.epochs, self.last_valid_auc, self.seconds = row["epoch"], row["valid_auc"], self.seconds + row["seconds"]
         self.log.append(row)
-        if improved := self.auc > self.best_auc:
-            self.best_auc, self.best_epoch = self.auc, self.epoch
-        return improved
+        if self.last_valid_auc > self.best_valid_auc:
+            self.best_valid_auc, self.best_epoch = self.last_valid_auc, self.epochs
+        return self.best_epoch == self.epochs
 
 
 def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team: Team, deadline: float) -> None:
@@ -84,14 +83,15 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     routing = make_routing(args, model, network, scaler)
     loader = dataset.TrainLoader(train, args.sampler, args.batch_size, args.accumulate, args.workers, team)
+    valid_loader = dataset.eval_loader(valid, team.rows(len(valid)), args.batch_size, args.workers)
     about = {"trained_on": {"folds_sha256": data.folds_sha256, "fold": k}, "encoder": encoder.columns}
-    parts = {"model": model, "average": average, "scaler": scaler, "optimizer": routing.optimizer,
-             "gate_optimizer": routing.gate_optimizer}  # fmt: skip
+    parts = {"model": model, "average": average, "scaler": scaler}
+    parts |= {"optimizer": routing.optimizer, "gate_optimizer": routing.gate_optimizer}
     last_path, best_path = run_dir / f"fold{k}_last.pt", run_dir / f"fold{k}_best.pt"
     progress = load_progress(last_path, parts) if args.resume and last_path.exists() else Progress()
 
-    while progress.epoch < args.epochs and progress.epoch - progress.best_epoch < args.patience:
-        epoch, started = progress.epoch + 1, time.monotonic()
+    while progress.epochs < args.epochs and progress.epochs - progress.best_epoch < args.patience:
+        epoch, started = progress.epochs + 1, time.monotonic()
         where, seed = f"fold {k} epoch {epoch}", epoch_seed(args.seed, k, epoch)
         routing.scale_lr(lr_factor(args.schedule, epoch, args.epochs))
 
@@ -128,7 +128,7 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
         team.sync_buffers(*(part for part in (model, average) if part is not None))
 
         # ---- score the held-out fold
-        prob = predict(scored, valid, args, team)
+        prob = predict(scored, valid_loader, args, team)
         row = {FOLD: k, "epoch": epoch, "train_loss": train_loss}
         row |= {"valid_loss": loss_of_prob(args.loss, prob, valid.target)}
         row |= {"valid_auc": weighted_auc(valid.target, prob)}
@@ -148,10 +148,9 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
     finish_fold(k, args, data, run_dir, team, images, progress)
 
 
-def predict(model: models.Network, images, args: argparse.Namespace, team: Team, tta: int = 1) -> np.ndarray:
-    """Probabilities of images (N,), of which every process predicts some."""
-    loader = dataset.eval_loader(images, team.rows(len(images)), args.batch_size, args.workers)
-    return team.gather(models.predict(model, loader, team.device, tta, args.amp), len(images))
+def predict(model: models.Network, loader, args: argparse.Namespace, team: Team, tta: int = 1) -> np.ndarray:
+    """Probabilities of a whole data set (N,), of which every process loads and predicts its own rows."""
+    return team.gather(models.predict(model, loader, team.device, tta, args.amp), len(loader.dataset.dataset))
 
 
 def make_routing(args: argparse.Namespace, model, network, scaler) -> fsg.GradientRouting:
@@ -172,23 +171,22 @@ def check_finite(losses: list[torch.Tensor], batches: list | None, run_dir: Path
         path = run_dir / "nonfinite_batch.pt"
         with atomic(path) as temporary:
             torch.save([tuple(batch) for batch in batches], temporary)
-        raise InputError(f"{where}: the loss is {losses[0].item()} (its batch is in {path}); pass a lower --lr, "
-                         "--clip_grad or --amp off")  # fmt: skip
+        raise InputError(f"{where}: the loss is {losses[0].item()}, see {path}; pass a lower --lr or --clip_grad")
 
 
 def save_progress(path: Path, parts: dict, progress: Progress, tensorboard: bool) -> None:
     """Save all that training needs to go on, and the log of the epochs, for TensorBoard as well if asked to."""
+    write_table(path.with_name(path.name.replace("_last.pt", "_log.csv")), pd.DataFrame(progress.log))
     state = {name: part.state_dict() for name, part in parts.items() if part is not None}
     models.save_plain(path, state=state, progress=asdict(progress))
-    write_table(path.with_name(path.name.replace("_last.pt", "_log.csv")), pd.DataFrame(progress.log))
     tqdm.write("fold {fold} epoch {epoch:2d}: train loss {train_loss:.4f}, held-out loss {valid_loss:.4f}, "
                "AUC {valid_auc:.4f}, {images_per_second:.0f} images/s".format(**progress.log[-1]))  # fmt: skip
     if tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(path.with_name("tensorboard") / path.stem, purge_step=progress.epoch) as board:
+        with SummaryWriter(path.with_name("tensorboard") / path.stem, purge_step=progress.epochs) as board:
             for name, value in progress.log[-1].items():
-                board.add_scalar(name, value, progress.epoch)
+                board.add_scalar(name, value, progress.epochs)
 
 
 def load_progress(path: Path, parts: dict) -> Progress:
@@ -209,7 +207,8 @@ def finish_fold(k: int, args, data: Data, run_dir: Path, team: Team, images: dic
     valid, tables = images["valid"], {}
     for part in sorted(images.keys() - {"train"}):  # in the same order in all processes
         ids = (data.test if part == "test" else data.train)[ID].to_numpy()[images[part].rows]
-        tables[part] = pd.DataFrame({ID: ids, FOLD: k, PROB: predict(model, images[part], args, team, args.tta)})
+        loader = dataset.eval_loader(images[part], team.rows(len(ids)), args.batch_size, args.workers)
+        tables[part] = pd.DataFrame({ID: ids, FOLD: k, PROB: predict(model, loader, args, team, args.tta)})
     tables["valid"].insert(2, TARGET, valid.target)
     if not team.leads:
         return
@@ -218,10 +217,9 @@ def finish_fold(k: int, args, data: Data, run_dir: Path, team: Team, images: dic
         loader = dataset.eval_loader(valid, some, args.batch_size, workers=0)
         prob_of = partial(models.predict, loader=loader, device=team.device, amp=args.amp)
         gates.record_gates(run_dir, k, model, progress.gates, prob_of, valid.target[some])
-    facts = {"train_rows": len(images["train"]), "epochs": progress.epoch, "best_epoch": progress.best_epoch,
-             "best_valid_auc": progress.best_auc, "last_valid_auc": progress.auc,
-             "seconds": progress.seconds}  # fmt: skip
-    runs.write_fold(run_dir, k, facts | provenance(), tables["valid"], tables.get("test"))
+    facts = {key: value for key, value in asdict(progress).items() if key not in ("log", "gates")}
+    facts |= {"train_rows": len(images["train"])} | provenance()
+    runs.write_fold(run_dir, k, facts, tables["valid"], tables.get("test"))
 
 
 # ---------------------------------------------------------------- inputs
@@ -238,21 +236,19 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     if args.guide is not None and not hasattr(recipe.network, "attention"):
         raise InputError(f"--guide is for networks with an attention such as chipnet; leave it out for {args.model}")
     for key, default in GATE_DEFAULTS.items():
-        if getattr(args, key) is None:
-            setattr(args, key, default if args.fsg else None)
-        elif not args.fsg:
+        if getattr(args, key) is not None and not args.fsg:
             raise InputError(f"--{key} is for gates; {args.model} has some with --fsg")
+        if getattr(args, key) is None and args.fsg:
+            setattr(args, key, default)
     return args
 
 
 def parse_folds(words: list[str], n_folds: int) -> list[int]:
     """Folds named on the command line: numbers from 0, or "all"."""
-    if words == ["all"]:
-        return list(range(n_folds))
-    for word in words:
-        if not word.isdigit() or int(word) >= n_folds:
-            raise InputError(f"--fold {word}: this data has folds 0 to {n_folds - 1}; name some of them, or all")
-    return sorted({int(word) for word in words})
+    known = [str(k) for k in range(n_folds)]
+    for word in (word for word in words if words != ["all"] and word not in known):
+        raise InputError(f"--fold {word}: this data has folds {' '.join(known)}; name some of them, or all")
+    return sorted(range(n_folds) if words == ["all"] else {int(word) for word in words})
 
 
 def make_spec(args: argparse.Namespace, image_size: int, meta_dim: int = 0) -> models.Spec:
@@ -269,11 +265,9 @@ def main(args: argparse.Namespace) -> Path:
     team, data, run_dir = Team.join(args.device), read_data(args.data_dir), args.runs_dir / args.name
     folds = parse_folds(args.fold, data.facts["n_folds"])
     inputs, crop = check_inputs(args, data, folds, models.MODELS[args.model].network.uses_meta)
-    spec = make_spec(args, data.size)
-    models.build_model(spec, fold_weights(args.weights, data, folds[0]))  # fails here, before anything is written
+    models.build_model(make_spec(args, data.size), fold_weights(args.weights, data, folds[0]))  # fails before it writes
     paths = {key: str(value.resolve()) for key, value in vars(args).items() if isinstance(value, Path)}
-    config = {"args": vars(args) | paths, "spec": asdict(spec), "inputs": inputs, "crop": crop}
-    config |= {"exact": data.facts["exact"]}
+    config = {"args": vars(args) | paths, "inputs": inputs, "crop": crop, "exact": data.facts["exact"]}
     opened = runs.open_run(run_dir, config | provenance(), folds, args.resume, args.overwrite) if team.leads else None
     folds = team.from_leader(opened)
     # folds side by side if every process gets as many, else all processes together on one fold after the other

@@ -1,5 +1,6 @@
 """Arrays on disk: filled row by row so that a stopped script goes on, read row by row so that memory stays flat."""
 
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from plumbing.files import atomic
 from util import InputError
 
 CHUNK = 256  # rows between two records of progress: what a kill may cost
@@ -65,14 +67,17 @@ class PartialArray:
         self.path, self.part, self._lock = path, path.with_name(f"{path.name}.part"), threading.Lock()
         if path.exists() and not self.part.exists():
             os.replace(path, self.part)  # a run stopped between finishing this array and the next
-        self.is_new = not self.part.exists()
-        if self.is_new:
-            new = path.with_name(f"{path.name}.tmp")
-            np.lib.format.open_memmap(new, "w+", dtype, shape)
-            with open(new, "r+b") as file:
-                if hasattr(os, "posix_fallocate"):  # takes the space now: a full disk is found before any work
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(new))
-            os.replace(new, self.part)
+        self.is_new = not self.part.exists() or self.view().shape != shape  # stopped while rows were left out
+        try:
+            if self.is_new:
+                with atomic(self.part) as new:
+                    np.lib.format.open_memmap(new, "w+", dtype, shape)
+                    with open(new, "r+b") as file:
+                        if hasattr(os, "posix_fallocate"):  # takes the space now: a full disk is found before any work
+                            os.posix_fallocate(file.fileno(), 0, os.path.getsize(new))
+        except OSError as error:
+            need = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
+            raise InputError(f"{path} needs {need:.2f} GB ({error}); make room or pass another path") from None
         self._offset, self._dtype, self._file = self.view().offset, dtype, open(self.part, "r+b", buffering=0)
 
     def view(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def groups_of(table: pd.DataFrame, group_col: str | None) -> np.ndarray:
     own = "row:" + table[ID].astype(str)
     if group_col is None:
         return own.to_numpy()
-    return ("group:" + table[group_col].astype(str)).where(table[group_col].notna(), own).to_numpy()
+    return ("group:" + as_words(table[group_col]).astype(str)).where(table[group_col].notna(), own).to_numpy()
 
 
 def check_groups(group: np.ndarray, fold: np.ndarray, what: str) -> None:
@@ -134,13 +135,12 @@ def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> pd.DataFrame:
 
 # ---------------------------------------------------------------- metadata
 def as_words(column: pd.Series) -> pd.Series:
-    """Values as text, the same however pandas read them: 1, 1.0 and True are "1"; missing ones stay missing."""
+    """Values as text, the same however a file has them: 1, 1.0, 001 and True are "1"; missing ones stay missing."""
 
     def word(value) -> str:
-        if isinstance(value, (bool, np.bool_)) or value in ("True", "False"):
-            return str(int(value in (True, "True")))
-        whole = isinstance(value, float) and value.is_integer()
-        return str(int(value)) if whole else str(value)
+        text = {"True": "1", "False": "0"}.get(str(value), str(value))
+        whole = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text)
+        return whole[1] + whole[2] if whole else text
 
     return column.astype(object).map(word, na_action="ignore")
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -108,7 +108,8 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 def read_csv(path: Path, columns=(), text=()) -> pd.DataFrame:
     """Read a csv that has all `columns`; those in `text` are read as text. Raises InputError otherwise."""
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(text, str), low_memory=False, encoding="utf-8-sig")
+        how = {"dtype": dict.fromkeys(text, str), "low_memory": False, "compression": None}
+        table = pd.read_csv(path, encoding="utf-8-sig", **how)
         if not isinstance(table.index, pd.RangeIndex):  # pandas would take the first column for an index
             raise ValueError("rows are longer than the header")
     except ValueError as error:  # not UTF-8, not a table, or empty: pandas says which
@@ -116,26 +117,26 @@ def read_csv(path: Path, columns=(), text=()) -> pd.DataFrame:
     missing = [column for column in columns if column not in table]
     if missing or table.empty:
         what = f"column {missing[0]!r}; it has {', '.join(map(str, table))[:300]}" if missing else "rows"
-        raise InputError(f"{path} has no {what}: add them, or name another")
+        raise InputError(f"{path} has no {what}; add them, or name another")
     return table
 
 
 # ---------------------------------------------------------------- directories of results
 def open_output(path: Path, marker: str, overwrite: bool, settings: dict) -> Path:
-    """Create a directory to write to, or go on with an unfinished one.
-
-    A directory is finished once it holds its `marker` file; it is then refused, or with `overwrite` the files that
-    the marker lists are removed. settings: all that the content depends on; an unfinished directory that was begun
-    with others is refused too. Raises InputError.
-    """
+    """Create a directory to write to, or go on with an unfinished one. A directory is finished once it holds its
+    `marker` file; it is then refused, or with `overwrite` the files that the marker lists are removed. settings: all
+    that the content depends on; an unfinished directory that was begun with others is refused too. Raises
+    InputError."""
     begun, finished = path / f"{marker}.part", path / marker
     if finished.exists() and not overwrite:
         raise InputError(f"{path} is already finished; pass --overwrite to replace it")
     path.mkdir(parents=True, exist_ok=True)
     remove(path, "*.tmp")
     if finished.exists():
-        for name in json.loads(finished.read_text(encoding="utf-8")).get("sha256", {}):  # of any format
-            (path / name).unlink(missing_ok=True)
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # of any format, or broken
+            for name in json.loads(finished.read_text(encoding="utf-8"))["sha256"].keys():
+                if (path / name).resolve().is_relative_to(path.resolve()):
+                    (path / name).unlink(missing_ok=True)
         finished.unlink()
     if overwrite:
         remove(path, "*.part")

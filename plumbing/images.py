@@ -25,7 +25,7 @@ def name_key(name: str) -> str:
     """What two spellings of an image's name share: NFC, without an image suffix."""
     name = unicodedata.normalize("NFC", str(name))
     stem, _, suffix = name.rpartition(".")
-    return stem if f".{suffix.lower()}" in SUFFIXES else name
+    return stem if stem and f".{suffix.lower()}" in SUFFIXES else name
 
 
 class ImageIndex:
@@ -37,7 +37,8 @@ class ImageIndex:
             for path in sorted(folder.rglob("*")):
                 if path.suffix.lower() in SUFFIXES:
                     for key in {name_key(path.relative_to(folder).as_posix()), name_key(path.name)}:
-                        self._found.setdefault(key, []).append(path)
+                        if path not in self._found.setdefault(key, []):  # folders may overlap
+                            self._found[key].append(path)
 
     def find(self, name: str) -> Path | None:
         """File of that name, None if there is none; raises InputError if there are several."""
@@ -53,12 +54,10 @@ class ImageIndex:
 
 # ---------------------------------------------------------------- pixels
 def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """Read a JPEG or PNG upright and as 8-bit RGB; returns it with the original's (width, height).
-
-    With `min_side` a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its short side keeps that many
-    pixels. EXIF orientation is applied; grey, palette, CMYK and 1-bit files are converted; alpha is dropped; 16-bit
-    grey is scaled to 8 bit. Raises InputError naming a file that is missing, broken or of another kind.
-    """
+    """Read a JPEG or PNG upright and as 8-bit RGB; returns it with the original's (width, height). With `min_side` a
+    JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its short side keeps that many pixels. EXIF
+    orientation is applied; grey, palette, CMYK and 1-bit files are converted; alpha is dropped; 16-bit grey is scaled
+    to 8 bit. Raises InputError naming a file that is missing, broken or of another kind."""
     try:
         with open(path, "rb") as file, Image.open(file, formats=("JPEG", "PNG")) as image:  # Pillow runs others outside
             width, height = image.size

@@ -1,0 +1,259 @@
+"""Files, arrays, tables, groups, metadata, names and pixels: what lies below the scripts."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import unicodedata
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from plumbing import arrays
+from plumbing.arrays import PartialArray, Rows, open_array
+from plumbing.data import MetaEncoder, as_words, check_groups, groups_of, read_data, read_table
+from plumbing.files import atomic, finish_output, open_output, read_json, sha256, write_json
+from plumbing.images import ImageIndex, centre_square, name_key, read_crops, read_image, read_square
+from util import ID, InputError
+
+
+# ---------------------------------------------------------------- files
+def test_json_is_strict_and_whole(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"b": np.float32(0.5), "a": np.int64(3), "path": tmp_path})
+    assert json.loads(path.read_text()) == {"a": 3, "b": 0.5, "path": str(tmp_path), "format": 2}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert read_json(path)["a"] == 3  # the failed write left the old file
+    with pytest.raises(InputError, match=r"a\.json.*'c'"):
+        read_json(path)["c"]
+    with pytest.raises(ZeroDivisionError), atomic(path) as temporary:
+        temporary.write_text("half of the n") / 0
+    assert read_json(path)["b"] == 0.5
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_unfinished_directory_goes_on_only_with_the_same_settings(tmp_path):
+    out = open_output(tmp_path / "out", "done.json", False, {"size": 3})
+    (out / "x.npy.part").write_bytes(b"x")
+    open_output(out, "done.json", False, {"size": 3})
+    with pytest.raises(InputError, match="size = 3, not 4; "):
+        open_output(out, "done.json", False, {"size": 4})
+    assert (out / "x.npy.part").exists()
+    open_output(out, "done.json", True, {"size": 4})
+    assert not (out / "x.npy.part").exists()
+    finish_output(out, "done.json", {})
+    assert [file.name for file in out.iterdir()] == ["done.json"]
+
+
+@pytest.mark.parametrize("marker", ['{"sha256": {"old.npy": "0", "../mine": "0"}}', '{"sha256": {"old.n', "[1]"])
+def test_overwriting_removes_what_the_marker_lists_and_nothing_foreign(tmp_path, marker):
+    out = tmp_path / "out"
+    (out / "crops").mkdir(parents=True)
+    for name in ("old.npy", "crops/x.npy", "notes.txt", "../mine"):
+        (out / name).write_text("x")
+    (out / "done.json").write_text(marker)
+    with pytest.raises(InputError, match="--overwrite"):
+        open_output(out, "done.json", False, {})
+    open_output(out, "done.json", True, {})
+    gone = {"old.npy"} if marker.endswith("}}") else set()  # a broken marker stands for no files
+    left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == {f"out/{n}" for n in {"old.npy", "crops/x.npy", "notes.txt", "done.json.part"} - gone} | {"mine"}
+
+
+# ---------------------------------------------------------------- arrays
+def test_array_has_its_name_once_it_is_finished(tmp_path):
+    path = tmp_path / "x.npy"
+    array = PartialArray(path, (3, 4, 4, 3))
+    for row in (2, 0, 1):
+        array.write(row, np.full((4, 4, 3), row + 7))
+    assert not path.exists()
+    array.finish(np.arange(3))
+    whole = open_array(path, 3)
+    assert (whole == np.arange(7, 10)[:, None, None, None]).all()
+    rows = pickle.loads(pickle.dumps(Rows(path, 3)))
+    assert (rows[np.array([2, 0])] == whole[[2, 0]]).all()
+    assert (rows[1] == whole[1]).all()
+    assert not PartialArray(path, (3, 4, 4, 3)).is_new  # stopped after this array had its name, before the next had
+    array.finish(np.array([0, 2]))
+    assert (open_array(path, 2)[:, 0, 0, 0] == [7, 9]).all()
+    assert PartialArray(path, (3, 4, 4, 3)).is_new  # rows were left out: what is there is no longer row by row
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npy.part"]
+
+
+def test_full_disk_is_known_before_any_work_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(arrays.os, "posix_fallocate", full, raising=False)
+    with pytest.raises(InputError, match=r"x\.npy.*0\.48 GB.*No space.*; "):
+        PartialArray(tmp_path / "x.npy", (10_000, 126, 127, 3))
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- tables and groups
+def test_tables_keep_names_and_groups_as_text(tmp_path):
+    (tmp_path / "t.csv").write_bytes("\ufefffile,patient\n0012,007\nMüller,\n".encode())
+    table = read_table(tmp_path / "t.csv", id_col="file", text=("patient",))
+    assert table[ID].tolist() == ["0012", "Müller"]
+    assert table["patient"].tolist()[0] == "007"
+
+
+def test_rows_without_group_are_groups_of_their_own():
+    table = pd.DataFrame({ID: list("abcd"), "p": ["x", None, "x", None]})
+    group = groups_of(table, "p")
+    assert group[0] == group[2]
+    assert len(set(group)) == 3
+    assert len(set(groups_of(table, None))) == 4
+    check_groups(group, np.array([0, 1, 0, 2]), "t.csv")
+    with pytest.raises(InputError, match=r"t\.csv: x .*0 and 2.*; "):
+        check_groups(group, np.array([2, 1, 0, 2]), "t.csv")
+
+
+def test_groups_are_the_same_however_a_table_spells_them():
+    spellings = ["5", 5, 5.0, "5.0", "005"]  # a column with a gap is written with fractions
+    assert {groups_of(pd.DataFrame({ID: ["a"], "p": [word]}), "p")[0] for word in spellings} == {"group:5"}
+    odd = ["5a", "0e123", "0e456", "1.5", "1.2.840", "12345678901234567890", "12345678901234567891"]
+    assert as_words(pd.Series(odd)).tolist() == odd  # hashes and long numbers stay what they are
+
+
+def test_changed_tables_and_split_groups_are_noticed(data_dir, tmp_path):
+    copy = shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns("crops"))
+    read_data(copy)
+    table = pd.read_csv(copy / "train.csv", dtype={ID: str})
+    table.loc[0, "fold"] = 1 - table.loc[0, "fold"]
+    table.to_csv(copy / "train.csv", index=False)
+    with pytest.raises(InputError, match=r"train\.csv.*changed.*; "):
+        read_data(copy)
+    facts = read_json(copy / "preprocess.json")
+    facts["sha256"]["train.csv"] = sha256(copy / "train.csv")  # as if it had to be so
+    write_json(copy / "preprocess.json", facts)
+    with pytest.raises(InputError, match=r"train\.csv: p0 "):
+        read_data(copy)
+
+
+# ---------------------------------------------------------------- metadata
+def test_encoder_marks_known_unknown_and_missing():
+    table = pd.DataFrame({"sex": ["male", "female", None, "male"], "age": [20, 40, None, 30], "empty": None})
+    encoder = MetaEncoder(pickle.loads(pickle.dumps(MetaEncoder.fit(table, ("sex", "age", "empty", "lost")).columns)))
+    assert encoder.dim == 4 + 2
+    new = pd.DataFrame({"sex": ["female", "other", None], "age": [30, None, np.inf]})
+    assert encoder.encode(new).tolist() == [[1, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 0, 1]]
+    assert encoder.encode(pd.DataFrame(index=range(2))).tolist() == [[0, 0, 0, 1, 0, 1]] * 2
+    assert MetaEncoder.fit(table[3:], ("sex",)).columns["sex"]["values"] == ["male"]  # of the rows it is given
+
+
+@pytest.mark.parametrize(
+    ("seen", "later"),
+    [(["1", "2", "x"], [1.0, np.nan]), (["1.0", "2.0", "x"], [1, None]), (["01", "02", "x"], [1, None]),
+     (["True", "False", "x"], [True, None]), (["True", "False", "x"], [1, None])],
+)  # fmt: skip
+def test_a_value_is_known_however_a_later_table_spells_it(seen, later):
+    encoder = MetaEncoder.fit(pd.DataFrame({"stage": seen}), ("stage",))
+    assert encoder.encode(pd.DataFrame({"stage": later})).argmax(axis=1).tolist() == [
+        encoder.columns["stage"]["values"].index("1"), 4]  # fmt: skip
+    yes = MetaEncoder.fit(pd.DataFrame({"scar": [True, None, False]}, dtype=object), ("scar",))  # numbers, with a gap
+    for later in ([True, False], ["True", "False"], [1, 0], [1.0, 0.0]):
+        assert yes.encode(pd.DataFrame({"scar": later})).tolist() == [[1, 0], [-1, 0]]
+
+
+# ---------------------------------------------------------------- names and pixels
+def test_images_are_found_by_any_spelling_of_their_name_or_path(tmp_path):
+    for name in ("a/é1.JPG", "a/x.png", "b/x.jpeg", "b/jpg.jpg", "b/n.txt"):
+        path = tmp_path / unicodedata.normalize("NFD", name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    index = ImageIndex(tmp_path, tmp_path / "b", tmp_path)  # overlapping folders hold no image twice
+    for name in ("é1", "é1.jpg", "a/é1", unicodedata.normalize("NFD", "a/é1.Jpg")):
+        assert index.find(name).name == unicodedata.normalize("NFD", "é1.JPG")
+    assert index.find("a/x").name == "x.png"
+    assert index.find("jpg").name == "jpg.jpg"
+    assert index.find("n") is index.find("../b/x") is index.find(str(tmp_path / "a/x")) is None
+    with pytest.raises(InputError, match=r"a/x\.png.*b/x\.jpeg.*; "):
+        index.find("x")
+    assert len(index.paths()) == 4
+    assert [name_key(name) for name in ("a.b", "a.b.PNG", "12.jpeg")] == ["a.b", "a.b", "12"]
+
+
+def test_scaled_decoding_shifts_no_crop_by_a_fraction_of_a_pixel(tmp_path):
+    width, height, size = 3337, 2503, 96  # no multiples of 8: the sides of reduced images are rounded up
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    waves = 127 + 60 * np.sin(x / 50) + 60 * np.cos(y / 45)
+    Image.fromarray(np.dstack([waves] * 3).astype(np.uint8)).save(tmp_path / "a.jpg", quality=97)
+    corner = (width - 1600.0, height - 1600.0, float(width), float(height))
+    pairs = [(read_crops(tmp_path / "a.jpg", [corner], [size], (width, height))[0], corner),
+             (read_square(tmp_path / "a.jpg", size)[0], centre_square(width, height))]  # fmt: skip
+    original = Image.open(tmp_path / "a.jpg")
+    for found, box in pairs:
+        exact = np.asarray(original.resize((size, size), Image.Resampling.BILINEAR, box=box)).astype(float)[..., 0]
+        for axis in (0, 1):
+            slope = np.gradient(exact, axis=axis)
+            shift = ((found[..., 0] - exact) * slope).sum() / (slope**2).sum()  # in pixels of the crop
+            assert abs(shift) < 0.03
+
+
+def test_a_crop_is_refused_of_another_image_than_its_box_was_found_in(tmp_path):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png.*40 x 30.*80 x 60.*; "):
+        read_crops(tmp_path / "a.png", [(0, 0, 20, 20)], [8], (80, 60))
+
+
+def test_all_kinds_of_pixels_become_upright_rgb(tmp_path):
+    ramp = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (30, 1))
+    colour = np.stack([ramp, ramp[:, ::-1], ramp // 2], axis=2)
+    grey, alpha = np.stack([ramp] * 3, axis=2), np.dstack([colour, np.zeros_like(ramp)])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    kinds = {
+        "grey.png": (Image.fromarray(ramp), grey, 0), "alpha.png": (Image.fromarray(alpha), colour, 0),
+        "16.png": (Image.fromarray(ramp.astype(np.uint16) * 257), grey, 0),
+        "1.png": (Image.fromarray(ramp > 127), (grey > 127) * 255, 0),
+        "palette.png": (Image.fromarray(colour).convert("P"), colour, 60),
+        "cmyk.jpg": (Image.fromarray(colour).convert("CMYK"), colour, 12),
+        "turned.png": (Image.fromarray(colour), np.rot90(colour, -1), 0),
+    }  # fmt: skip
+    for name, (image, expected, tolerance) in kinds.items():
+        image.save(tmp_path / name, **({"exif": exif} if name == "turned.png" else {}))
+        found, size = read_image(tmp_path / name)
+        assert found.mode == "RGB"
+        assert found.size == size == expected.shape[1::-1]
+        assert np.abs(np.asarray(found).astype(int) - expected).max() <= tolerance, name
+
+
+# ---------------------------------------------------------------- other systems
+WITHOUT_POSIX = """
+import builtins, os, runpy, sys
+root, source, out = sys.argv[1:]
+sys.path.insert(0, root)
+real = builtins.__import__
+
+def stub(name, scope=None, *more, **named):
+    user = (scope or {}).get("__file__", "")
+    if name in ("fcntl", "grp", "pwd", "resource", "termios") and user.startswith(root) and "site-packages" not in user:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+    return real(name, scope, *more, **named)
+
+builtins.__import__ = stub
+for name in ("posix_fallocate", "pread", "preadv", "pwrite", "pwritev", "setpgid", "killpg", "sched_getaffinity"):
+    delattr(os, name) if hasattr(os, name) else None
+scripts = [[script, "--help"] for script in ("train", "crop", "ensemble", "predict", "audit")]
+scripts += [["preprocess", "--train_csv", source, "--output_dir", out, "--size", "8", "--n_folds", "2"]]
+for script, *words in scripts:
+    sys.argv = [f"{script}.py", *words]
+    try:
+        runpy.run_path(f"{root}/{script}.py", run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code == 0, script
+"""
+
+
+def test_no_script_needs_what_windows_lacks(source, tmp_path):
+    words = [sys.executable, "-c", WITHOUT_POSIX, ROOT, source / "train.csv", tmp_path / "out"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("usage:") == 5
+    assert (tmp_path / "out" / "preprocess.json").exists()
