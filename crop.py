@@ -57,7 +57,7 @@ def find_networks(run_dir: Path, source: localize.Source, data: Data) -> dict[in
     if recipe is None or run.config["crop"] is not None or recipe.inputs != ("whole",):
         raise InputError(f"{run_dir} does not look at whole images: it cannot say where to crop; pass one that does")
     if hasattr(recipe.network, "attention") != (source.needs == "attention"):
-        raise InputError(f"{run_dir} does not fit this --source: attention needs a ChipNet run, gradcam another")
+        raise InputError(f"{run_dir} does not fit this --source; pass a ChipNet run for attention, another for gradcam")
     found = {k: run.checkpoint(k) for k in run.folds}
     for k, path in found.items():
         check_unseen(path, models.read_torch_file(path).get("trained_on"), data.folds_sha256, k)

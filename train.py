@@ -15,6 +15,7 @@ folds of its own if their number allows, otherwise all train each fold together,
 """
 
 import argparse
+import importlib.util
 import math
 import os
 import time
@@ -235,6 +236,8 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     args.name, args.fsg = args.name or args.model, args.fsg or recipe.gated
     if args.guide is not None and not hasattr(recipe.network, "attention"):
         raise InputError(f"--guide is for networks with an attention such as chipnet; leave it out for {args.model}")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs a package; pip install tensorboard, or leave it out")
     for key, default in GATE_DEFAULTS.items():
         if getattr(args, key) is not None and not args.fsg:
             raise InputError(f"--{key} is for gates; {args.model} has some with --fsg")
@@ -258,7 +261,8 @@ def make_spec(args: argparse.Namespace, image_size: int, meta_dim: int = 0) -> m
 
 def main(args: argparse.Namespace) -> Path:
     """Train the folds asked for; returns the run directory."""
-    args, deadline = fill_defaults(args), time.monotonic() + 3600 * (args.max_hours or math.inf)
+    args, hours = fill_defaults(args), math.inf if args.max_hours is None else args.max_hours
+    deadline = time.monotonic() + 3600 * hours
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

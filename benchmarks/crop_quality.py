@@ -2,16 +2,14 @@
 
     python benchmarks/crop_quality.py DATA_DIR --folds 2 --montage crops.png
 
-Takes the maps of all crop.py results in DATA_DIR/crops, and for each the rules of localize.py and
-the original's (square around all above mean + k std, clipped at the border). Coverage is the share
-of the lesion inside the box; IoU is with the ideal square, 1.3 times the mask's bounding box;
-small lesions cover less than 20 % of the centre square; MaxBoxAccV2 asks for the mask's bounding
-box from the map at its best threshold; a peak hits if it lies on the lesion.
+Takes the maps of all crop.py results in DATA_DIR/crops, and for each the rule of localize.py and the original's (square
+around all above mean + k std, clipped at the border). Coverage is the share of the lesion inside the box; IoU is with
+the ideal square, 1.3 times the mask's bounding box; small lesions cover less than 20 % of the centre square;
+MaxBoxAccV2 asks for the mask's bounding box from the map at its best threshold; a peak hits if it lies on the lesion.
 
 References:
-    Choe et al., Evaluating Weakly Supervised Object Localization Methods Right, CVPR 2020:
-    MaxBoxAccV2. Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016: the
-    pointing game.
+    Choe et al., Evaluating Weakly Supervised Object Localization Methods Right, CVPR 2020: MaxBoxAccV2.
+    Zhang et al., Top-down Neural Attention by Excitation Backprop, ECCV 2016: the pointing game.
 """
 
 import argparse
@@ -26,6 +24,10 @@ from tqdm import tqdm
 import localize
 import util
 from localize import GRID, Box
+from plumbing.arrays import open_array
+from plumbing.data import Data, read_data
+from plumbing.figures import draw_row, new_figure, save_figure
+from plumbing.images import centre_square
 from util import FOLD, ID, InputError
 
 THRESHOLDS = np.arange(0.05, 1, 0.05)  # of MaxBoxAccV2, over the map's maximum
@@ -55,7 +57,7 @@ def otsu_box(square: np.ndarray, size: tuple[int, int]) -> Box:
     x, y, side = localize.bounding_square(blobs, localize.PAD)
     if side >= localize.FULL_SIDE * GRID:
         return centre_box(1.0, size)
-    scale, (left, top, *_) = min(size) / GRID, util.centre_square(*size)
+    scale, (left, top, *_) = min(size) / GRID, centre_square(*size)
     side = side * scale
     x0, y0 = localize.fit_in(left + x * scale, top + y * scale, side, (0, 0, *size))
     return Box(x0, y0, x0 + side, y0 + side)
@@ -68,7 +70,7 @@ def clipped_box(attention: np.ndarray, num_devs: float, size: tuple[int, int]) -
         return centre_box(1.0, size)
     x, y, side = found
     edges = np.clip([x - side / 2, y - side / 2, x + side / 2, y + side / 2], 0, GRID)
-    left, top, *_ = util.centre_square(*size)
+    left, top, *_ = centre_square(*size)
     edges = edges * min(size) / GRID + np.array([left, top, left, top])
     return Box(*edges)
 
@@ -84,7 +86,7 @@ def overlap(a: Box, b: Box) -> float:
 
 def coverage(mask: np.ndarray, box: Box) -> float:
     """Share of a mask inside a box."""
-    x0, y0, x1, y1 = (round(edge) for edge in box.scaled(1))
+    x0, y0, x1, y1 = (round(edge) for edge in box.corners)
     return mask[y0:y1, x0:x1].sum() / mask.sum()
 
 
@@ -130,7 +132,7 @@ def score(boxes: list[Box], cases: list[dict], maps: np.ndarray | None) -> list[
 
 
 # ---------------------------------------------------------------- the table
-def read_cases(data: util.Data, folds: list[int], mask_dir: Path) -> tuple[np.ndarray, list[dict]]:
+def read_cases(data: Data, folds: list[int], mask_dir: Path) -> tuple[np.ndarray, list[dict]]:
     """Rows of the folds whose mask is not empty, and what their boxes are judged by."""
     rows, cases = [], []
     for row, record in enumerate(tqdm(data.train.to_dict("records"), desc="masks")):
@@ -154,29 +156,29 @@ def plot_cases(path: Path, squares: np.ndarray, cases: list, boxes: list, maps: 
     order = np.argsort(-iou, kind="stable")
     middle = len(order) // 2 - 3
     chosen = [*order[:6], *order[middle : middle + 6], *order[-6:]]
-    figure = util.new_figure(figsize=(13, 13.5))
+    figure = new_figure(figsize=(13, 13.5))
     axes = figure.subplots(6, 6)
     for n, case in enumerate(chosen):
         row, column = 2 * (n // 6), n % 6
         size = cases[case]["size"]
-        left, top, *_ = util.centre_square(*size)
+        left, top, *_ = centre_square(*size)
         inside = [Box(b.x0 - left, b.y0 - top, b.x1 - left, b.y1 - top)
                   for b in (boxes[case], cases[case]["ideal"])]  # fmt: skip
         pair = axes[row, column], axes[row + 1, column]
-        localize.draw_row(pair, squares[case], (min(size),) * 2, inside[0], maps[case], None)
-        x0, y0, x1, y1 = inside[1].scaled(len(squares[case]) / min(size))
+        draw_row(pair, squares[case], (min(size),) * 2, inside[0], maps[case], None)
+        x0, y0, x1, y1 = np.array(inside[1].corners) * len(squares[case]) / min(size)
         pair[0].plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="yellow", linestyle="--")
         word = ("best", "median", "worst")[n // 6]
         pair[0].set_title(f"{word}: IoU {iou[case]:.2f}", fontsize=9)
-    util.save_figure(path, figure)
+    save_figure(path, figure)
 
 
 def main(args: argparse.Namespace) -> None:
     """Judge all boxes; print the table."""
-    data = util.read_data(args.data_dir)
+    data = read_data(args.data_dir)
     folds = args.folds or list(range(data.facts["n_folds"]))
     rows, cases = read_cases(data, folds, lesions.find_mask_dir(data, args.mask_dir))
-    array = util.open_array(util.array_path(data.directory, "train", data.size), len(data.train))
+    array = open_array(data.array_path("train"), len(data.train))
     sizes = [case["size"] for case in cases]
     table = {
         "whole image": ([centre_box(1.0, size) for size in sizes], np.ones((len(rows), 7, 7))),

@@ -2,12 +2,16 @@
 
     python benchmarks/fsg_ablation.py digits
     python benchmarks/fsg_ablation.py cifar10.npz --backbone regnet_tiny --lr 3e-3
-    python benchmarks/fsg_ablation.py data --size 96 --backbone timm:tf_efficientnet_lite0 \
-        --weights lite0.pth --lr 3e-4 --epochs 4
+    python benchmarks/fsg_ablation.py data --size 96 --backbone timm:tf_efficientnet_lite0 --weights lite0.pth
 
-The data: scikit-learn's digits, an npz with x_train, y_train, x_test, y_test, or a directory of
-preprocess.py (fold seed % n_folds is the test set). Finished trainings are kept in --output, one
-line of json each, and are not repeated; the table is printed from that file at the end.
+The data: scikit-learn's digits, an npz with x_train, y_train, x_test, y_test, or a directory of preprocess.py (fold
+seed % n_folds is the test set). Finished trainings are kept in --output, one line of json each, and are not repeated;
+the table is printed from that file at the end.
+
+Differences to the baseline are paired over seeds. Seeds share images to train and to test on, so a plain t interval
+would be too narrow: intervals and p-values take the variance s^2 (1 / n + test / train) of Nadeau and Bengio for n
+seeds, where train counts all images to train on, also those that --share leaves out. Holm's correction is for the
+number of arms.
 
 Arms, all with the same networks, batches, steps, and learning rate of the weights:
     baseline     no gates
@@ -25,6 +29,7 @@ The last three are trained once for every --penalty.
 
 References:
     Touvron et al., Going Deeper with Image Transformers, ICCV 2021: LayerScale.
+    Nadeau, Bengio, Inference for the Generalization Error, Machine Learning 2003.
     Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979.
 """
 
@@ -32,6 +37,7 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +54,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fsg
 import models
 import util
-from train import lr_factor
+from losses import lr_factor
+from plumbing.arrays import open_array
+from plumbing.data import groups_of, read_data
+from util import FOLD, TARGET, InputError
 
 ARMS = ("baseline", "layerscale", "joint", "single", "sequential", "held_out", "paper",
         "upstream", "l1", "layerscale_l1", "hard")  # fmt: skip
@@ -71,11 +80,11 @@ def load_data(name: str, seed: int) -> dict[str, np.ndarray]:
         with np.load(name, allow_pickle=False) as file:
             x, y, x_test, y_test = (file[k] for k in ("x_train", "y_train", "x_test", "y_test"))
         return {"x": x, "y": y, "x_test": x_test, "y_test": y_test, "group": np.arange(len(y))}
-    data = util.read_data(Path(name))
-    images = util.open_array(util.array_path(Path(name), "train", data.size), len(data.train))
-    test = data.train[util.FOLD].to_numpy() == seed % data.facts["n_folds"]
-    target = data.train[util.TARGET].to_numpy()
-    group = util.groups_of(data.train, data.facts["group_col"])
+    data = read_data(Path(name))
+    images = open_array(data.array_path("train"), len(data.train))
+    test = data.train[FOLD].to_numpy() == seed % data.facts["n_folds"]
+    target = data.train[TARGET].to_numpy()
+    group = groups_of(data.train, data.facts["group_col"])
     return {
         "x": images[~test], "y": target[~test], "group": group[~test],
         "x_test": images[test], "y_test": target[test],
@@ -86,10 +95,7 @@ def to_tensor(image: np.ndarray, size: int) -> torch.Tensor:
     """uint8 (N, s, s, 3) -> uint8 (N, 3, size, size): enlarged by repetition, else resampled."""
     x = torch.from_numpy(np.ascontiguousarray(image)).permute(0, 3, 1, 2)
     if size % x.shape[-1]:
-        parts = [
-            F.interpolate(part.float(), size=(size, size), mode="area").round().byte()
-            for part in x.split(256)
-        ]
+        parts = [F.interpolate(part.float(), size=(size, size), mode="area").round().byte() for part in x.split(256)]
         x = torch.cat(parts)
     else:
         x = x.repeat_interleave(size // x.shape[-1], 2).repeat_interleave(size // x.shape[-1], 3)
@@ -157,8 +163,7 @@ def make_routing(network: nn.Module, arm: str, args) -> fsg.GradientRouting:
 
 def make_network(args, classes: int) -> nn.Module:
     """The plain network: a backbone and one linear layer, no metadata."""
-    network = models.MetaResNet(args.backbone, args.weights, args.size, meta_dim=0, meta_hidden=1,
-                                dropout=0.0)  # fmt: skip
+    network = models.build_model(models.Spec("resnet", args.backbone, args.size), args.weights)
     network.head = nn.Linear(network.features, classes)
     return network.to(memory_format=torch.channels_last)
 
@@ -202,13 +207,12 @@ def train_network(network: nn.Module, arm: str, penalty: float, data: dict, rows
             gate_loss = None
             if arm == "held_out":
                 other = draw.choice(gates_own, args.batch_size)
-                shown, wanted = augment(x[other], args.augment), y[other]
-                gate_loss = lambda i=shown, t=wanted: loss_on(i, t)  # noqa: E731
+                gate_loss = partial(loss_on, augment(x[other], args.augment), y[other])
             start = time.perf_counter()
-            loss = routing.step(lambda i=image, t=target: loss_on(i, t), gate_loss)
+            loss = routing.step(partial(loss_on, image, target), gate_loss_fn=gate_loss)
             seconds.append(time.perf_counter() - start)
         if not torch.isfinite(loss):
-            raise util.InputError(f"{arm}, seed {seed}: the loss is {loss}; pass a lower --lr")
+            raise InputError(f"{arm}, seed {seed}: the loss is {loss}; pass a lower --lr")
     return float(np.median(seconds))
 
 
@@ -236,15 +240,10 @@ def prune_curve(network: nn.Module, arm: str, x_train, x_test, y_test, metric: s
         fsg.add_gates(network)  # all 1: contributions rank what a plain network would miss least
     modules = fsg.gated_modules(network)
     network.eval()
-    rankings = {
-        "contribution": fsg.gate_contributions(network, lambda: predict(network, x_train[:512]))
-    }
+    rankings = {"contribution": fsg.gate_contributions(network, lambda: predict(network, x_train[:512]))}
     if arm != "baseline":
         raw = arm.startswith("layerscale")
-        rankings["gate"] = {
-            name: module.fsg.abs() if raw else fsg.gate_of(module)
-            for name, module in modules.items()
-        }
+        rankings["gate"] = {name: module.fsg.abs() if raw else fsg.gate_of(module) for name, module in modules.items()}
     curves = {}
     for kind, scores in rankings.items():
         curves[kind] = []
@@ -306,6 +305,16 @@ def prunable(rows: list[dict], kind: str) -> str:
     return f"{max(good, default=0):.0%}"
 
 
+def corrected(differences: np.ndarray, ratio: float) -> tuple[float, float, float]:
+    """95 % t interval of the mean difference over seeds (n,), and its p-value, by the variance of Nadeau and Bengio;
+    ratio: images to test on over images to train on."""
+    n, mean = len(differences), differences.mean()
+    error = differences.std(ddof=1) * np.sqrt(1 / n + ratio)
+    half = stats.t.ppf(0.975, n - 1) * error
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1) if error > 0 else float(mean == 0)
+    return mean - half, mean + half, p
+
+
 def holm(p_values: dict[str, float]) -> dict[str, float]:
     """p-values adjusted for the number of arms compared."""
     adjusted, running = {}, 0.0
@@ -334,17 +343,16 @@ def print_table(rows: list[dict]) -> None:
         for arm, each in chosen.items():
             other = {r["seed"]: r[metric] for r in base}
             differences[arm] = np.array([r[metric] - other[r["seed"]] for r in each])
-        p_values = holm({arm: stats.ttest_1samp(d, 0).pvalue if d.any() else 1.0
-                         for arm, d in differences.items() if arm != "baseline"})  # fmt: skip
+        ratio = first["test_images"] * share / first["images"]
+        tests = {arm: corrected(d, ratio) for arm, d in differences.items() if arm != "baseline"}
+        p_values = holm({arm: p for arm, (*_, p) in tests.items()})
         for arm, each in chosen.items():
             cells = [spread([r[key] for r in each]) for key in ("accuracy", "f1", "auc")]
             if arm == "baseline":
                 cells += ["", ""]
             else:
-                d = differences[arm]
-                half = stats.t.ppf(0.975, len(d) - 1) * stats.sem(d)
-                cells += [f"{d.mean():+.3f} [{d.mean() - half:+.3f}, {d.mean() + half:+.3f}]",
-                          f"{p_values[arm]:.3f}"]  # fmt: skip
+                low, high, _ = tests[arm]
+                cells += [f"{differences[arm].mean():+.3f} [{low:+.3f}, {high:+.3f}]", f"{p_values[arm]:.3f}"]
             cells.append(f"{np.mean([r['gap'] for r in each]):.3f}")
             cells += [f"{np.mean([r[key] for r in each]):.2f}" if key in each[0] else ""
                       for key in ("closed_05", "effective")]  # fmt: skip
@@ -401,4 +409,4 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    util.run_script(main, get_args_parser(), models.ModelError)
+    util.run_script(main, get_args_parser())

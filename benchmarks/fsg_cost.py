@@ -3,10 +3,9 @@
     python benchmarks/fsg_cost.py --backbone vit_b_16
     python benchmarks/fsg_cost.py --backbone resnet50 --device cuda --batch_size 64
 
-All variants take turns on the same batch, in a new order every round; printed are median times,
-and the median over rounds of the ratio to the plain network's time in the same round. "two
-passes" is the plain way to route: a full forward and backward pass for the gates, another at the
-same point for the weights, then both optimizers step.
+All variants take turns on the same batch, in a new order every round; printed are median times, and the median over
+rounds of the ratio to the plain network's time in the same round. "two passes" is the plain way to route: a full
+forward and backward pass for the gates, another at the same point for the weights, then both optimizers step.
 """
 
 import argparse
@@ -26,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import fsg
 import models
 import util
+from plumbing.backbones import make_backbone
+from plumbing.distributed import pick_device
 
 STEPS = ("plain", "off", "single", "two passes", "sequential", "upstream")
 PREDICTIONS = ("plain, predict", "gates, predict", "folded, predict")
@@ -101,9 +102,10 @@ def seconds_of(function: Callable, device: torch.device) -> float:
 def main(args: argparse.Namespace) -> None:
     """Measure and print."""
     torch.manual_seed(0)
-    device = models.pick_device(args.device)
-    plain = models.build_backbone(args.backbone, "none", args.size, nn.Identity()).to(device)
-    plain = plain.to(memory_format=torch.channels_last)
+    device = pick_device(args.device)
+    plain, head = make_backbone(args.backbone, "none", args.size)
+    plain.set_submodule(head, nn.Identity())
+    plain = plain.to(device, memory_format=torch.channels_last)
     x = torch.rand(args.batch_size, 3, args.size, args.size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     calls = {name: make_step(plain, name, x, args.amp)[0] for name in STEPS}
@@ -142,4 +144,4 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    util.run_script(main, get_args_parser(), models.ModelError)
+    util.run_script(main, get_args_parser())

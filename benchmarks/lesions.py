@@ -9,8 +9,9 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import util
 from localize import Box
+from plumbing.data import Data
+from plumbing.images import centre_square, name_key
 from util import ID, InputError
 
 IDEAL = 1.3  # side of the ideal square over the longer side of the mask's bounding box
@@ -18,11 +19,11 @@ SMALL = 0.2  # share of the centre square below which a lesion counts as small
 
 
 def read_mask(mask_dir: Path, name: str, size: tuple[int, int]) -> np.ndarray:
-    """Mask NAME.png, or NAME_segmentation.png as the ISIC archive has it, of an original of size
-    (width, height): bool (height, width)."""
-    path = mask_dir / f"{name}.png"
+    """Mask NAME.png, or NAME_segmentation.png as the ISIC archive has it, of an original of size (width, height): bool
+    (height, width)."""
+    path = mask_dir / f"{name_key(name)}.png"
     if not path.exists():
-        path = mask_dir / f"{name}_segmentation.png"
+        path = mask_dir / f"{name_key(name)}_segmentation.png"
     mask = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE)
     if mask is None:
         raise InputError(f"{path} is missing or broken; pass the masks' folder with --mask_dir")
@@ -34,7 +35,7 @@ def read_mask(mask_dir: Path, name: str, size: tuple[int, int]) -> np.ndarray:
 def centre_crop(mask: np.ndarray) -> np.ndarray:
     """The centre square of a mask: what networks see of the original."""
     height, width = mask.shape
-    x0, y0, x1, y1 = (int(edge) for edge in util.centre_square(width, height))
+    x0, y0, x1, y1 = (int(edge) for edge in centre_square(width, height))
     return mask[y0:y1, x0:x1]
 
 
@@ -51,15 +52,13 @@ def ideal_square(mask: np.ndarray) -> Box | None:
     return Box(left, top, left + side, top + side)
 
 
-def find_mask_dir(data: util.Data, mask_dir: Path | None) -> Path:
+def find_mask_dir(data: Data, mask_dir: Path | None) -> Path:
     """The folder named, or masks/ beside the originals."""
-    return mask_dir or Path(data.facts["image_dirs"][0]).parent / "masks"
+    return mask_dir or Path(data.facts["image_dirs"]["train"][0]).parent / "masks"
 
 
 def shares(table: pd.DataFrame, mask_dir: Path) -> np.ndarray:
     """Share of the centre square that the lesion covers, by row (N,)."""
     sizes = table[["width", "height"]].itertuples(index=False, name=None)
-    return np.array([
-        centre_crop(read_mask(mask_dir, name, size)).mean()
-        for name, size in zip(table[ID], sizes, strict=True)
-    ])  # fmt: skip
+    masks = (read_mask(mask_dir, name, size) for name, size in zip(table[ID], sizes, strict=True))
+    return np.array([centre_crop(mask).mean() for mask in masks])

@@ -128,6 +128,8 @@ def open_output(path: Path, marker: str, overwrite: bool, settings: dict) -> Pat
     that the content depends on; an unfinished directory that was begun with others is refused too. Raises
     InputError."""
     begun, finished = path / f"{marker}.part", path / marker
+    if overwrite or finished.exists():  # a killed call may have left some beside its marker
+        remove(path, "*.part")
     if finished.exists() and not overwrite:
         raise InputError(f"{path} is already finished; pass --overwrite to replace it")
     path.mkdir(parents=True, exist_ok=True)
@@ -138,8 +140,6 @@ def open_output(path: Path, marker: str, overwrite: bool, settings: dict) -> Pat
                 if (path / name).resolve().is_relative_to(path.resolve()):
                     (path / name).unlink(missing_ok=True)
         finished.unlink()
-    if overwrite:
-        remove(path, "*.part")
     if begun.exists():
         old = read_json(begun)
         for key in (key for key, value in settings.items() if old[key] != value):

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT, call
 
 import localize
-import models
-import util
+from models import load_checkpoint
+from plumbing.images import read_image, read_square
 
 EXAMPLE = ROOT / "example_data"
 RUN = EXAMPLE / "runs" / "chipnet"
@@ -18,9 +18,8 @@ RUN = EXAMPLE / "runs" / "chipnet"
 
 def test_tables_are_those_of_isic_2020_and_small():
     train, test = (pd.read_csv(EXAMPLE / f"{split}.csv") for split in ("train", "test"))
-    assert list(train) == ["image_name", "patient_id", "sex", "age_approx",
-                           "anatom_site_general_challenge", "target"]  # fmt: skip
-    assert list(test) == list(train)[:-1]
+    site = "anatom_site_general_challenge"
+    assert [*test, "target"] == list(train) == ["image_name", "patient_id", "sex", "age_approx", site, "target"]
     assert not set(train["patient_id"]) & set(test["patient_id"])
     assert train["patient_id"].value_counts().max() > 1
     assert train["sex"].isna().any()
@@ -33,7 +32,7 @@ def test_images_and_masks_match_and_lesions_are_small():
     shares = []
     for name in pd.read_csv(EXAMPLE / "test.csv")["image_name"]:
         mask = cv2.imread(str(EXAMPLE / "masks" / f"{name}.png"), cv2.IMREAD_GRAYSCALE)
-        image, size = util.read_image(EXAMPLE / "images" / f"{name}.jpg")
+        size = read_image(EXAMPLE / "images" / f"{name}.jpg")[1]
         assert size == mask.shape[::-1]
         assert 640 <= size[0] <= 1600
         shares.append((mask > 0).mean())
@@ -50,14 +49,14 @@ def test_generator_repeats_itself(tmp_path):
 
 def test_example_weights_find_the_lesion():
     """Attention of the shipped ChipNet on test images, judged by masks it has never seen."""
-    networks = [models.load_checkpoint(RUN / f"fold{k}_best.pt")[0] for k in range(3)]
+    networks = [load_checkpoint(RUN / f"fold{k}_best.pt", fold=True)[0] for k in range(3)]
     hits, covered, sides = [], [], []
     for name in pd.read_csv(EXAMPLE / "test.csv")["image_name"][::2]:
-        square, size = util.read_square(EXAMPLE / "images" / f"{name}.jpg", 224)
+        square, size = read_square(EXAMPLE / "images" / f"{name}.jpg", 224)
         attention = localize.attention_maps(networks, square[None], "cpu", 2)[0]
         box = localize.find_box(attention, size)
         mask = cv2.imread(str(EXAMPLE / "masks" / f"{name}.png"), cv2.IMREAD_GRAYSCALE) > 0
-        x0, y0, x1, y1 = (round(edge) for edge in box.scaled(1))
+        x0, y0, x1, y1 = (round(edge) for edge in box.corners)
         covered.append(mask[y0:y1, x0:x1].sum() / mask.sum())
         sides.append(box.side / min(size))
         short = min(size)
@@ -71,11 +70,11 @@ def test_example_weights_find_the_lesion():
 
 
 def test_example_weights_fit_the_folds_of_preprocess_py(tmp_path):
-    data_dir = call("preprocess", "--train_csv", EXAMPLE / "train.csv", "--output_dir",
-                    tmp_path / "data")  # fmt: skip
-    call("crop", "--source", "attention", "--run", RUN, "--data_dir", data_dir, "--views", 1,
-         "--device", "cpu", "--limit", 8)  # fmt: skip
-    assert (data_dir / "crops" / "chipnet" / "montage.png").exists()
+    data_dir = call("preprocess", "--train_csv", EXAMPLE / "train.csv", "--output_dir", tmp_path / "data")
+    call("crop", "--source", "attention", "--run", RUN, "--data_dir", data_dir, "--views", 1, "--device", "cpu",
+         "--limit", 8)  # fmt: skip
+    boxes = pd.read_csv(data_dir / "crops" / "chipnet_attention" / "train_boxes.csv")
+    assert boxes["oof"].tolist() == [1] * 8
 
 
 def test_notebook_runs_top_to_bottom():
@@ -83,11 +82,8 @@ def test_notebook_runs_top_to_bottom():
     path = ROOT / "notebooks" / "attention_visualization.ipynb"
     notebook = nbformat.read(path, as_version=4)
     assert any(cell.get("outputs") for cell in notebook.cells)  # saved with its pictures
-    client = nbclient.NotebookClient(
-        notebook, timeout=120, kernel_name="python3",
-        resources={"metadata": {"path": str(ROOT / "notebooks")}},
-    )  # fmt: skip
-    client.execute()
+    where = {"metadata": {"path": str(ROOT / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=where).execute()
     pictures = [output for cell in notebook.cells for output in cell.get("outputs", [])
                 if "image/png" in output.get("data", {})]  # fmt: skip
     assert len(pictures) >= 4

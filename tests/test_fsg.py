@@ -15,6 +15,7 @@ from torchvision import models as tv
 import fsg
 from plumbing.backbones import regnet_tiny, vit_tiny
 
+torch.manual_seed(0)
 SEQUENCE, IDS = torch.rand(2, 7, 32), torch.randint(0, 90, (2, 7))
 IMAGE, SWIN = torch.rand(2, 3, 64, 64), tv.swin_transformer
 
@@ -139,6 +140,7 @@ def test_identity_gates_keep_the_function_bit_for_bit_and_learn(name):
 @torch.no_grad()
 def test_gates_scale_channels_and_fold_away(name, hard):
     plain, x = make(name)
+    plain, x = plain.double(), x.double() if x.is_floating_point() else x  # deep random networks amplify rounding
     gated = fsg.add_gates(copy.deepcopy(plain), hard=hard)
     open_at_random(gated)
     clone, expected = copy.deepcopy(gated), gated(x)
@@ -171,8 +173,7 @@ def test_shared_layers_are_not_folded(shared):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"b\.0.*b\.2" if shared == "inside" else r"a\.2.*b\.2"):
         fsg.fold_gates(model)
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
 
 
 def test_a_branch_used_twice_folds_and_closed_gates_leave_the_skip_path():
@@ -201,9 +202,7 @@ def test_hard_gates_are_noisy_in_training_only_and_reach_both_ends():
     block = model.encoder.layers[0].mlp
     assert torch.equal(fsg.gate_of(block), torch.ones(96))
     torch.manual_seed(0)
-    noisy = fsg.gate_of(block, sample=True)
-    assert (noisy < 1).any()
-    assert (noisy == 1).any()
+    assert 0 < (fsg.gate_of(block, sample=True) == 1).float().mean() < 1
     assert not torch.equal(block.train()(x), block(x))
     assert torch.equal(block.eval()(x), block(x))
     with torch.no_grad():
@@ -240,9 +239,7 @@ def test_unknown_networks_and_wrong_sites_are_refused():
 def test_blocks_without_a_skip_take_no_gate_and_those_that_end_in_an_activation_are_reported():
     with pytest.warns(UserWarning, match=": 2 FusedMBConv$"):
         sites = fsg.find_sites(tv.efficientnet_v2_s(num_classes=2))
-    assert not any(site.startswith("features.1.") for site in sites)  # SiLU ends these
-    assert "features.2.0.block" not in sites  # changes the width: no skip
-    assert "features.2.1.block" in sites
+    assert min(sites) == "features.2.1.block"  # features.2.0 has no skip, and SiLU ends features.1
     with pytest.warns(UserWarning, match=": 2 ConvBnAct$"):
         assert len(fsg.find_sites(timm_model("tf_efficientnetv2_s"))) == 33
 
@@ -290,9 +287,8 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("mode", ["single", "sequential", "upstream"])
-def test_distributed_data_parallel_learns_the_same_gates_and_reduces_once_per_pass(process_group, mode, compiled):
+@pytest.mark.parametrize("mode", ["single", "sequential", "upstream", "sequential compiled"])
+def test_distributed_data_parallel_learns_the_same_gates_and_reduces_once_per_pass(process_group, mode):
     reduced = []
 
     def count(_, bucket):
@@ -302,14 +298,14 @@ def test_distributed_data_parallel_learns_the_same_gates_and_reduces_once_per_pa
     def parallel(model):
         wrapped = DistributedDataParallel(model)
         wrapped.register_comm_hook(None, count)  # takes the place of the all-reduce
-        return torch.compile(wrapped, backend="eager") if compiled else wrapped
+        return torch.compile(wrapped, backend="eager") if "compiled" in mode else wrapped
 
     def train(wrap):
         torch.manual_seed(0)
         model = fsg.add_gates(regnet_tiny(2))
         wrapped = wrap(model)
-        gates, weights = fsg.gate_parameters(wrapped), fsg.weight_parameters(wrapped)
-        routing = fsg.GradientRouting(wrapped, torch.optim.SGD(weights, 0.1), torch.optim.SGD(gates, 0.5), mode)
+        own = fsg.weight_parameters(wrapped), fsg.gate_parameters(wrapped)
+        routing = fsg.GradientRouting(wrapped, *(torch.optim.SGD(p, 0.1) for p in own), mode.split()[0])
         for _ in range(3):
             routing.step(lambda part: wrapped(part).square().mean() / 2, [IMAGE, IMAGE.flip(2)])
         return model.state_dict()
@@ -334,8 +330,7 @@ def test_pruning_closes_the_lowest_over_all_branches():
     assert [bool(g.any()) for g in fsg.gate_values(model).values()] == [False, False] + [True] * 6
     fsg.prune_gates(model, 0.5, {name: torch.arange(96.0) for name in fsg.gate_values(model)})
     for gate in list(fsg.gate_values(model).values())[2:]:
-        assert (gate[:48] == 0).all()
-        assert (gate[48:] > 0).all()
+        assert torch.equal(gate > 0, torch.arange(96) >= 48)
     before = values_of(model)
     assert torch.equal(values_of(fsg.prune_gates(model, 0.0)), before)
     optimizer = torch.optim.Adam(fsg.gate_parameters(model), 0.1)
@@ -497,12 +492,9 @@ def test_wrong_owners_of_parameters_and_wrong_modes_are_refused():
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_frozen_statistics_leave_running_and_evaluated_norms_as_they_were(momentum):
     norm, x = nn.BatchNorm1d(3, momentum=momentum), torch.rand(8, 3)
-    expected, before = copy.deepcopy(norm)(x), copy.deepcopy(norm.state_dict())
-    with fsg.frozen_statistics(norm):
-        assert torch.equal(norm(x), expected)
-    assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
-    assert norm.track_running_stats
-    norm.eval()
-    expected = norm(x)
-    with fsg.frozen_statistics(norm):
-        assert torch.equal(norm(x), expected)
+    for training in (True, False):
+        expected, before = copy.deepcopy(norm.train(training))(x), copy.deepcopy(norm.state_dict())
+        with fsg.frozen_statistics(norm):
+            assert torch.equal(norm(x), expected)
+        assert all(torch.equal(v, before[k]) for k, v in norm.state_dict().items())
+        assert norm.track_running_stats

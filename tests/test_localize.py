@@ -1,23 +1,24 @@
-"""Sources of maps: saliency, Grad-CAM and their product."""
+"""Sources of maps, from maps to boxes, and the Finder that does both."""
+
+import shutil
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from conftest import call
 
 import localize
-import models
-import util
-from localize import GradCam, Product, Saliency
+from localize import Finder, GradCam, Product, Saliency, find_box
+from models import Spec, build_model, dihedral, load_checkpoint
+from plumbing.data import MetaEncoder
+from plumbing.files import read_json, sha256
 from util import InputError
 
 
 def network(backbone="regnet_tiny", size=64, meta_dim=2):
     torch.manual_seed(0)
-    spec = {"model": "resnet", "backbone": backbone, "image_size": size, "meta_dim": meta_dim,
-            "hidden": 4, "dropout": 0.0, "gates": None}  # fmt: skip
-    return models.build_model(spec).eval()
+    return build_model(Spec("resnet", backbone, size, meta_dim, hidden=4)).eval()
 
 
 def discs(n=24, size=64, dark=True):
@@ -27,40 +28,38 @@ def discs(n=24, size=64, dark=True):
     images, masks = [], []
     for _ in range(n):
         image = rng.normal(ground, 6, (size, size, 3))
-        center = tuple(int(v) for v in rng.integers(20, size - 20, 2))
-        mask = cv2.circle(np.zeros((size, size), np.uint8), center, int(rng.integers(6, 11)), 1, -1)
+        center = tuple(int(v) for v in rng.integers(size // 3 - 1, size - size // 3 + 1, 2))
+        mask = cv2.circle(np.zeros((size, size), np.uint8), center, int(rng.integers(size // 10, size // 6 + 1)), 1, -1)
         image[mask > 0] = rng.normal(disc, 6, (int(mask.sum()), 3))
         images.append(np.clip(image, 0, 255))
         masks.append(mask > 0)
     return np.stack(images).astype(np.uint8), np.stack(masks)
 
 
-@pytest.mark.parametrize("dark", [True, False])
-def test_saliency_finds_what_differs_from_the_border_dark_or_bright(dark):
-    images, masks = discs(dark=dark)
-    saliency = localize.fit_saliency(network(), images, np.arange(16), "cpu")
+# ---------------------------------------------------------------- sources
+@pytest.mark.parametrize(("size", "dark"), [(64, True), (64, False), (48, True), (32, True)])
+def test_saliency_finds_what_differs_from_the_border(size, dark):
+    images, masks = discs(size=size, dark=dark)
+    saliency = localize.fit_saliency(network(size=size), images, np.arange(16), "cpu")
     maps = localize.attention_maps([saliency], images[16:], "cpu", views=2)
-    assert maps.shape == (8, 16, 16)
+    assert maps.shape == (8, size // 4, size // 4)
     assert np.allclose(maps.sum(axis=(1, 2)), 1, atol=1e-5)
+    if size < 64:  # too few cells for good boxes, but no crash
+        inside = masks[16:].reshape(8, size // 4, 4, size // 4, 4).mean(axis=(2, 4))
+        assert (maps * inside).sum() / inside.sum() > 1.1 * maps.mean()
+        return
     for attention, mask in zip(maps, masks[16:], strict=True):
-        box = localize.find_box(attention, (640, 640))
-        assert box.reason == ""
-        assert box.confidence > 0.2
-        rows, columns = (10 * np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-        assert box.x0 <= columns[0] + 15
-        assert box.x1 >= columns[-1] - 5
-        assert box.y0 <= rows[0] + 15
-        assert box.y1 >= rows[-1] - 5
-        assert box.side < 450
+        box = find_box(attention, (640, 640))
+        assert (box.reason, box.confidence > 0.2, box.side < 450) == ("", True, True)
+        rows, columns = (640 / size * np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+        assert max(box.x0 - columns[0], columns[-1] - box.x1, box.y0 - rows[0], rows[-1] - box.y1) < 15
 
 
 def test_saliency_is_learned_from_the_rows_named_alone():
     images, _ = discs()
     changed = images.copy()
     changed[16:] = 255 - changed[16:]
-    first, second = (
-        localize.fit_saliency(network(), array, np.arange(16), "cpu") for array in (images, changed)
-    )
+    first, second = (localize.fit_saliency(network(), array, np.arange(16), "cpu") for array in (images, changed))
     assert torch.equal(first.weight, second.weight)
     other = localize.fit_saliency(network(), changed, np.arange(24), "cpu")
     assert not torch.allclose(first.weight, other.weight)
@@ -79,7 +78,7 @@ def test_background_distance_ignores_a_minority_of_the_border():
 
 @pytest.mark.parametrize("backbone", ["regnet_tiny", "resnet18", "efficientnet_b0"])
 def test_grad_cam_in_closed_form_is_grad_cam(backbone):
-    cam = GradCam(network(backbone))
+    cam = GradCam(network(backbone), np.zeros((1, 2), np.float32))
     image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         closed, by_gradient = cam.cam(image), cam.cam_by_gradient(image)
@@ -107,30 +106,12 @@ def test_stages_are_outputs_of_stages():
         assert (found[8], found[32]) == ("features.3", "features")
 
 
-def test_transformers_have_no_feature_maps():
-    net = network("vit_tiny")
-    image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    for source in (Saliency(net), GradCam(net)):
-        with pytest.raises(localize.SourceError, match="convolutional backbone"):
-            source.attention(image)
-
-
-def test_pictures_of_nothing_have_no_saliency():
-    blank = np.full((4, 64, 64, 3), 128, np.uint8)
-    with pytest.raises(localize.SourceError, match="another --source"):
-        localize.fit_saliency(network(), blank, np.arange(4), "cpu")
-
-
-def test_views_turn_maps_back_as_the_networks_do():
-    image = torch.rand(1, 1, 6, 6)
-    attend = lambda x: x[:, 0] + torch.arange(36.0).view(6, 6)  # noqa: E731
-    for views in (1, 2, 4, 8):
-        expected = [
-            models.dihedral(attend(models.dihedral(image, v)), v, inverse=True)
-            for v in range(views)
-        ]
-        found = localize.mean_over_views(attend, image, views)
-        assert torch.allclose(found, torch.stack(expected).mean(dim=0))
+def test_what_has_no_maps_or_shows_nothing_is_refused():
+    for source in (Saliency(network("vit_tiny")), GradCam(network("vit_tiny"))):
+        with pytest.raises(InputError, match="convolutional"):
+            source.attention(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(InputError, match="--source"):
+        localize.fit_saliency(network(), np.full((4, 64, 64, 3), 128, np.uint8), np.arange(4), "cpu")
 
 
 def test_product_is_where_both_look():
@@ -149,94 +130,158 @@ def test_product_is_where_both_look():
     assert both.argmax() == 6 * 8 + 6
 
 
+# ---------------------------------------------------------------- rules
+RULES = pytest.mark.parametrize("rule", sorted(localize.RULES))
+
+
+def blob(*cells, size=7, floor=0.002):
+    """Attention with the named (row, column, weight) cells over a flat floor, summing to 1."""
+    attention = np.full((size, size), floor)
+    for row, column, weight in cells:
+        attention[row, column] += weight
+    return attention / attention.sum()
+
+
+@RULES
+@pytest.mark.parametrize("size", [(700, 700), (1200, 700), (700, 1000)])
+def test_box_is_a_square_in_the_picture_around_the_peak(rule, size):
+    for row, column in ((0, 0), (0, 6), (6, 3), (3, 3), (6, 6)):
+        box, (width, height), short = find_box(blob((row, column, 1.0)), size, rule), size, min(size)
+        assert box.reason == ""
+        assert 0.5 < box.confidence <= 1
+        assert min(box.corners) >= 0
+        assert (box.x1 <= width + 1e-9, box.y1 <= height + 1e-9) == (True, True)
+        assert box.x1 - box.x0 == pytest.approx(box.y1 - box.y0)
+        assert box.x0 <= (width - short) / 2 + (column + 0.5) * short / 7 <= box.x1
+        assert box.y0 <= (height - short) / 2 + (row + 0.5) * short / 7 <= box.y1
+
+
+@RULES
+def test_box_turns_with_the_map_and_scales_with_the_original(rule):
+    attention = blob((1, 2, 1.0), (2, 2, 0.6), (2, 3, 0.5))
+    box = find_box(attention, (700, 700), rule)
+    mask = torch.zeros(700, 700)
+    mask[round(box.y0) : round(box.y1), round(box.x0) : round(box.x1)] = 1
+    for view in range(8):
+        found = find_box(dihedral(torch.tensor(attention), view).numpy(), (700, 700), rule).corners
+        ys, xs = np.nonzero(dihedral(mask, view).numpy())
+        assert found == pytest.approx((xs.min(), ys.min(), xs.max() + 1, ys.max() + 1), abs=5)
+    small, large = (find_box(attention, size, rule) for size in ((400, 300), (1600, 1200)))
+    assert np.allclose(4 * np.array(small.corners), large.corners)
+
+
+@RULES
+@pytest.mark.parametrize("attention", [np.full((7, 7), 1 / 49), np.full((7, 7), np.nan), np.zeros((7, 7))])
+def test_maps_that_say_nothing_give_the_whole_square_and_why(rule, attention):
+    box = find_box(attention, (900, 700), rule)
+    assert box.corners == (100, 0, 800, 700)
+    assert box.reason
+    assert box.confidence == pytest.approx(0, abs=1e-9)
+
+
+def test_component_rule_covers_what_belongs_together_and_drops_a_stray_cell():
+    two = find_box(blob((1, 1, 1.0), (5, 5, 0.9), (5, 1, 0.0)), (700, 700))
+    assert two.reason == "fills the image"  # two blobs that far apart span most of it
+    near = find_box(blob((1, 1, 1.0), (1, 4, 0.9)), (700, 700))
+    assert near.x0 < 150 < 450 < near.x1
+    stray = find_box(blob((1, 1, 1.0), (1, 2, 1.0), (2, 1, 1.0), (6, 6, 0.4)), (700, 700))
+    assert max(stray.x1, stray.y1) < 500
+    radius = np.hypot(*(np.mgrid[:28, :28] - 13.5))
+    ring = find_box((np.abs(radius - 6) < 1.5).astype(float), (280, 280))
+    assert max(ring.x0, ring.y0) <= 60 < 220 <= min(ring.x1, ring.y1)
+    large = (radius < 28 * np.sqrt(0.6 / np.pi)).astype(float)  # 60 % of the image
+    assert find_box(large, (280, 280)).reason == "fills the image"
+    assert find_box(large, (280, 280), "original").reason  # nothing lies that far above the mean
+    single = find_box(blob((5, 5, 1.0), size=28, floor=0), (2240, 2240))
+    assert single.side == pytest.approx(0.2 * 2240)  # no smaller
+
+
+def test_blobs_count_less_far_from_the_centre_and_where_the_frame_cuts_them_off():
+    raster = np.zeros((28, 28))
+    raster[12:16, 6:10] = 1
+    raster[12:16, 24:28] = 2  # stronger, but on the frame
+    kept = localize.pick_blobs(raster, 0.5)
+    assert (kept[13, 7], kept[13, 26]) == (True, False)
+    kept = localize.pick_blobs(np.roll(raster, -1, axis=1), 0.5)  # both inside: both belong
+    assert (kept[13, 6], kept[13, 25]) == (True, True)
+    raster = np.zeros((28, 28))
+    raster[12:16, 12:16] = raster[2:6, 2:6] = 1  # as heavy, in a corner but not on the frame
+    kept = localize.pick_blobs(raster, 0.5)
+    assert (kept[13, 13], kept[3, 3]) == (True, False)
+    attention = np.full((28, 28), 0.001)
+    attention[12:17, 10:15] = attention[:9, 24:] = 1  # a lesion, and a larger sticker in the corner
+    box = find_box(attention, (280, 280))
+    assert (box.x1 < 240, box.y0 > 60) == (True, True)
+
+
+def test_original_rule_is_the_union_box_above_the_threshold():
+    attention = blob((1, 1, 1.0), (4, 5, 0.8))
+    raster = localize.upsample(attention)
+    rows, columns = np.nonzero(raster > raster.mean() + 1.5 * raster.std())
+    box = find_box(attention, (224, 224), "original", 1.5)
+    assert box.side == max(np.ptp(rows), np.ptp(columns)) + 1
+    assert box.x0 <= columns.min() <= columns.max() + 1 <= box.x1
+    assert find_box(attention, (224, 224), "original", 0.5).side > box.side
+
+
+def test_upsampling_keeps_every_cell_in_place():
+    raster = localize.upsample(blob((2, 5, 1.0), floor=0))
+    ys, xs = np.nonzero(raster == raster.max())
+    assert (ys.mean() + 0.5, xs.mean() + 0.5) == (2.5 * 32, 5.5 * 32)
+
+
 def test_lesions_that_fill_touch_or_miss_the_picture_still_give_squares():
     images, _ = discs()
     saliency = localize.fit_saliency(network(), images, np.arange(16), "cpu")
     odd = images[:4].copy()
     odd[0] = (190, 160, 150)  # nothing there
-    odd[1] = (110, 80, 70)  # nothing but lesion
-    odd[2, :, :30] = (110, 80, 70)  # cut off by the frame
+    odd[1] = odd[2, :, :30] = (110, 80, 70)  # nothing but lesion; cut off by the frame
     odd[3, 20:44, :] = (110, 80, 70)  # from one side to the other
-    maps = localize.attention_maps([saliency], odd, "cpu", views=8)
-    assert np.isfinite(maps).all()
-    boxes = [localize.find_box(attention, (900, 600)) for attention in maps]
+    boxes = [find_box(one, (900, 600)) for one in localize.attention_maps([saliency], odd, "cpu", views=8)]
     for box in boxes:
         assert box.x1 - box.x0 == pytest.approx(box.y1 - box.y0)
         assert 0 <= box.x0 < box.x1 <= 900
         assert 0 <= box.y0 < box.y1 <= 600 + 1e-9
     assert boxes[0].reason
     assert boxes[3].reason == "fills the image"
-    assert boxes[2].x0 < 200 + 150 < boxes[2].x1 + 1e-9 or boxes[2].reason
+    assert boxes[2].x0 < 350 <= boxes[2].x1 + 1e-9 or boxes[2].reason
 
 
-# ---------------------------------------------------------------- through the scripts
-SALIENCY = ["--source", "saliency", "--backbone", "regnet_tiny", "--weights", "none",
-            "--views", "1", "--device", "cpu"]  # fmt: skip
+# ---------------------------------------------------------------- Finder
+def test_finder_loads_what_crop_py_used_and_nothing_else(runs_dir, tmp_path):
+    folder = runs_dir / "cropnet" / "finder"
+    facts, device = read_json(folder / "crop.json"), torch.device("cpu")
+    finder = Finder.load(folder, facts, device)
+    assert sorted(finder.sources) == [0, 1]
+    images, _ = discs(n=3)
+    both = finder.maps(images, device)
+    each = [finder.maps(images, device, [k]) for k in (0, 1)]
+    assert np.allclose(both, np.mean(each, axis=0), atol=1e-6)
+    assert not np.allclose(*each, atol=1e-6)
+    assert finder.box(both[0], (640, 480)) == find_box(both[0], (640, 480))
+    with pytest.raises(InputError, match=r"saliency\.pt"):
+        Finder.load(folder, facts | {"networks": facts["networks"] | {"saliency.pt": "0" * 64}}, device)
+    with pytest.raises(InputError, match="csv"):
+        Finder.load(folder, facts | {"source": "boxes"}, device)
 
 
-def test_saliency_crops_are_out_of_fold_and_predict_finds_the_same(
-    data_dir, runs_dir, source, tmp_path
-):
-    from conftest import SMALL_MODEL
-
-    crops = call("crop", *SALIENCY, "--data_dir", data_dir, "--output_dir", tmp_path)
-    assert crops.name == "saliency"
-    maps = np.load(crops / "train_attention.npy")
-    network, content = models.load_checkpoint(crops / "saliency.pt")
-    fold = util.read_data(data_dir).train["fold"].to_numpy()
-    array = util.open_array(data_dir / "train_64.npy", 24)
-    for k in (0, 1):
-        again = localize.fit_saliency(network, array, np.flatnonzero(fold != k), "cpu", seed=k)
-        assert torch.allclose(again.weight, content["saliency"][str(k)]["weight"], atol=1e-4)
-        own = localize.attention_maps([again], array[fold == k], "cpu")
-        assert np.allclose(maps[fold == k], own, atol=1e-5)
-    run = call("train", "--model", "fusion", "--data_dir", data_dir, "--runs_dir", tmp_path,
-               "--crop_dir", crops, *SMALL_MODEL)  # fmt: skip
-    images = [source / "images" / f"{i:04d}.jpg" for i in range(24, 28)]
-    out = call("predict", "--run", run, "--output", tmp_path / "out", "--csv", source / "test.csv",
-               "--device", "cpu", "--no-pictures", *images)  # fmt: skip
-    table = util.read_table(out / "predictions.csv")
-    expected = util.read_table(run / "submission.csv").set_index("image_name")["target"]
-    assert np.allclose(table["prob"], expected[table["image_name"]], atol=1e-5)
-
-
-def test_grad_cam_and_product_of_runs(data_dir, runs_dir, tmp_path):
-    where = ["--data_dir", data_dir, "--output_dir", tmp_path, "--device", "cpu", "--views", 1]
-    crops = call("crop", "--source", "gradcam", "--run", runs_dir / "resnet", *where)
-    assert crops.name == "resnet_gradcam"
-    assert np.load(crops / "train_attention.npy").shape == (24, 2, 2)
-    crops = call("crop", *SALIENCY, "--source", "attention*saliency", "--run",
-                 runs_dir / "chipnet", *where)  # fmt: skip
-    assert crops.name == "chipnet_saliency"
-    assert np.load(crops / "train_attention.npy").shape == (24, 16, 16)
-    with pytest.raises(InputError, match="does not look at whole images"):
-        call("crop", "--source", "gradcam", "--run", runs_dir / "cropnet", *where)
-    with pytest.raises(InputError, match="no ChipNet run"):
-        call("crop", *SALIENCY, "--source", "attention*saliency", "--run", runs_dir / "resnet",
-             *where)  # fmt: skip
-
-
-def test_boxes_of_a_user(data_dir, source, tmp_path):
-    where = ["--data_dir", data_dir, "--output_dir", tmp_path, "--device", "cpu"]
-    data = util.read_data(data_dir)
-    path = tmp_path / "mine.csv"
-    path.write_text("image_name,x0,y0,x1,y1\n0000,10,20,40,30\n0001,,,,\n0024,0,0,20,20\n")
-    crops = call("crop", "--source", "boxes", "--boxes", path, *where)
-    boxes = util.read_table(crops / "train_boxes.csv").set_index("image_name")
-    assert boxes.loc["0000", ["x0", "y0", "x1", "y1"]].tolist() == [10, 10, 40, 40]
-    assert boxes["fallback"].notna().sum() == 23
-    assert set(boxes["fallback"].dropna()) == {"no box in mine.csv"}
-    assert not (crops / "train_attention.npy").exists()
-    array = util.open_array(crops / "train_64.npy", len(data.train))
-    image = util.read_image(source / "images" / "0000.jpg")[0]
-    assert (array[0] == util.resize_box(image, (10, 10, 40, 40), 64)).all()
-    for words, message in (
-        (["--source", "boxes"], "go together"),
-        (["--boxes", path], "go together"),
-        (["--source", "boxes", "--boxes", tmp_path / "none.csv"], r"none\.csv is missing"),
-    ):
-        with pytest.raises(InputError, match=message):
-            call("crop", *words, *where, "--overwrite")
-    path.write_text("image_name,x0,y0,x1,y1\n0000,10,20,400,30\n")
-    with pytest.raises(InputError, match="box of 0000, 10 20 400 30, does not lie"):
-        call("crop", "--source", "boxes", "--boxes", path, *where, "--overwrite")
+def test_grad_cam_of_a_run_is_that_of_its_networks_with_metadata_missing(runs_dir, tmp_path):
+    path = runs_dir / "resnet" / "fold0_best.pt"
+    shutil.copy(path, tmp_path / "fold0_network.pt")
+    facts = {"source": "gradcam", "networks": {"fold0_network.pt": sha256(path)}, "folds": [0], "trained": True,
+             "shifts": 1, "rule": "component", "num_devs": None, "views": 1}  # fmt: skip
+    source = Finder.load(tmp_path, facts, torch.device("cpu")).sources[0]
+    trained, content = load_checkpoint(path)
+    missing = MetaEncoder(content["encoder"]).encode(pd.DataFrame(index=[0]))
+    assert missing.any()  # flags, and not the zeros that no encoder writes
+    assert torch.equal(source.meta, torch.from_numpy(missing))
+    image = torch.from_numpy(discs(n=2)[0]).permute(0, 3, 1, 2)
+    seen = []
+    handle = source.network.meta_branch.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        expected = GradCam(trained, missing).cam(image)
+        assert torch.allclose(source.cam(image), expected, atol=1e-5 * float(expected.abs().max()))
+        assert source._stage == "trunk_output"  # whole, and not the last module in it, as in a folded network
+        source.cam_by_gradient(image)
+    handle.remove()
+    assert torch.equal(seen[0], torch.from_numpy(missing).expand(2, -1))
