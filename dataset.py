@@ -331,7 +331,7 @@ def start_worker(worker_id: int) -> None:
     """Keep OpenCV in a loader process from starting threads, and leave Ctrl-C to the process that trains."""
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # told to end: no error that torch has to report
 
 
 def loader_options(workers: int) -> dict:

@@ -395,35 +395,39 @@ class GradientRouting:
         gate_loss_fn: the loss that the gates step on if they have a pass of their own, called like loss_fn.
         "held_out" needs one and calls it once, without a part. Raises ValueError if the mode does not go with it.
         """
-        two_passes = self.mode in ("sequential", "held_out", "upstream")
+        two_passes, upstream = self.mode in ("sequential", "held_out", "upstream"), self.mode == "upstream"
         if (gate_loss_fn is None and self.mode == "held_out") or (gate_loss_fn and not two_passes):
             raise ValueError(f"mode {self.mode!r} does not go with gate_loss_fn {gate_loss_fn}")
-        if not two_passes:
-            return self._pass(loss_fn, parts, self.optimizers)
-        upstream, gate_parts = self.mode == "upstream", None if self.mode == "held_out" else parts
-        # freezing only saves time; DistributedDataParallel waits for the gradients of all parameters it started with
-        learn_all = upstream or hasattr(self.model, "no_sync")
-        with frozen([] if learn_all else self.weights), nullcontext() if upstream else frozen_statistics(self.model):
-            self._pass(gate_loss_fn or loss_fn, gate_parts, [self.gate_optimizer])
-        with frozen([] if learn_all else self.gates):
-            return self._pass(loss_fn, parts, [self.optimizer], zero_grad=not upstream)
-
-    def _pass(self, loss_fn: Callable, parts: list | None, optimizers: list, zero_grad: bool = True) -> torch.Tensor:
-        """Forward and backward passes over all parts, then a step of the optimizers; returns the sum of the losses."""
-        for optimizer in self.optimizers if zero_grad else ():
-            optimizer.zero_grad()
-        total, calls = 0.0, [()] if parts is None else [(part,) for part in parts]
+        passes = [(loss_fn, parts, self.optimizers, nullcontext())]
+        if two_passes:
+            gate_parts = None if self.mode == "held_out" else parts
+            passes = [(gate_loss_fn or loss_fn, gate_parts, [self.gate_optimizer], self._only(self.weights)),
+                      (loss_fn, parts, [self.optimizer], self._only(self.gates))]  # fmt: skip
         no_sync = getattr(self.model, "no_sync", nullcontext)  # DistributedDataParallel averages gradients after it
-        for i, arguments in enumerate(calls, 1):
-            with no_sync() if i < len(calls) else nullcontext():
-                loss = loss_fn(*arguments)
-                self.scaler.scale(loss).backward()
-            total = total + loss.detach()
-        for optimizer in optimizers:
-            if (clip := self.clips[id(optimizer)]) is not None:
-                self.scaler.unscale_(optimizer)
-                own = [p for group in optimizer.param_groups for p in group["params"]]
-                nn.utils.clip_grad_norm_(self.model.parameters() if self.mode == "upstream" else own, clip)
-            self.scaler.step(optimizer)
-        self.scaler.update()
+        for number, (loss_of, own_parts, optimizers, alone) in enumerate(passes):
+            for optimizer in self.optimizers if number == 0 or not upstream else ():
+                optimizer.zero_grad()
+            total, calls = 0.0, [()] if own_parts is None else [(part,) for part in own_parts]
+            with alone:
+                for i, arguments in enumerate(calls, 1):
+                    with no_sync() if i < len(calls) else nullcontext():
+                        loss = loss_of(*arguments)
+                        self.scaler.scale(loss).backward()
+                    total = total + loss.detach()
+            for optimizer in optimizers:
+                if (clip := self.clips[id(optimizer)]) is not None:
+                    self.scaler.unscale_(optimizer)
+                    own = [p for group in optimizer.param_groups for p in group["params"]]
+                    nn.utils.clip_grad_norm_(self.model.parameters() if upstream else own, clip)
+                self.scaler.step(optimizer)
+            self.scaler.update()
         return total
+
+    @contextmanager
+    def _only(self, others: list[nn.Parameter]) -> Iterator[None]:
+        """Freeze `others` inside the block, and batch norm statistics if these are the weights; "upstream" does not."""
+        # freezing only saves time; DistributedDataParallel waits for the gradients of all parameters it started with
+        upstream, parallel = self.mode == "upstream", hasattr(self.model, "no_sync")
+        keep = frozen_statistics(self.model) if others is self.weights and not upstream else nullcontext()
+        with frozen([] if upstream or parallel else others), keep:
+            yield

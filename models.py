@@ -260,8 +260,8 @@ def save_checkpoint(path: Path, model: Network, spec: Spec, **extra) -> None:
 def save_plain(path: Path, **content) -> None:
     """Save plain values and tensors by name; `path` is replaced when complete."""
     try:
-        with atomic(path) as temporary:
-            torch.save({"format": FORMAT, **content}, temporary)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)  # given a path, its name would be part of the bytes
     except RuntimeError as error:  # torch's word for a full disk too
         raise InputError(f"{path} cannot be written; is the disk full? ({error})") from None
 

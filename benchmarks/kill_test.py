@@ -3,14 +3,13 @@
     python benchmarks/kill_test.py
     python benchmarks/kill_test.py --kills 10 --only preprocess crop
 
-Makes its own inputs, and each script's uninterrupted result. Kills: SIGKILL to all processes of a
-call, half of them at a moment drawn uniformly from the uninterrupted time, imports included, half
-just before a change to the directory (a file opened for writing, renamed, removed), drawn from all
-its changes; the same command (train.py with --resume) goes on, now and then killed again, until it
-finishes. Full disk: a limit on the size of files, and a small tmpfs where the system lets us mount
-one; the call must end with status 2 and one line, leave no torn file, and finish when called again
-with room. In both cases the whole directory is compared with the uninterrupted one, byte for byte
-but for times and command lines. Exit status 1 where anything differs.
+Makes its own inputs, and each script's uninterrupted result. Kills: SIGKILL to all processes of a call, half of them at
+a moment drawn uniformly from the uninterrupted time, imports included, half just before a change to the directory (a
+file opened for writing, renamed, removed), drawn from all its changes; the same command (train.py with --resume) goes
+on, now and then killed again, until it finishes. Full disk: a limit on the size of files, and a small tmpfs if the
+system lets us mount one; the call must end with status 2 and one line, leave no torn file, and finish when called again
+with room. In both cases the whole directory is compared with the uninterrupted one, byte for byte but for times,
+command lines, and hashes of files that hold some. Exit status 1 if anything differs.
 """
 
 import argparse
@@ -34,17 +33,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import util
+from util import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 SEVERAL = 0.4  # chance that a resumed call is killed as well
 ROOM = (0.0, 0.3, 0.9)  # of what a script needs
-DIFFERS = {"argv", "commit", "resume", "overwrite", "seconds", "images_per_second"}
+# what differs from call to call; "metrics": of a blend, hashes of its members' metrics.json, which hold seconds
+DIFFERS = {"argv", "commit", "resume", "overwrite", "seconds", "images_per_second", "metrics"}
 # records of progress after every 4 images, so that there is something to go on with
 SHELL = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
-import util
-util.CHUNK, changes, home = 4, 0, os.getcwd()
+import plumbing.arrays
+plumbing.arrays.CHUNK, changes, home = 4, 0, os.getcwd()
 def count(event, args):
     global changes
     writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
@@ -81,24 +82,24 @@ class Stage:
 
 
 def list_stages() -> list[Stage]:
-    """All scripts on small data."""
+    """All scripts on small data, in the order of the README's tour."""
     small = ["--weights", "none", "--backbone", "regnet_tiny", "--device", "cpu"]
-    fit = [*small, "--hidden", "8", "--lr", "1e-3", "--head_lr", "1e-3", "--epochs", "3",
-           "--batch_size", "8", "--workers", "0", "--tta", "2"]  # fmt: skip
+    fit = [*small, "--hidden", "8", "--lr", "1e-3", "--head_lr", "1e-3", "--epochs", "3", "--batch_size", "8",
+           "--workers", "0", "--tta", "2"]  # fmt: skip
     crop = ["crop.py", *small, "--views", "1", "--workers", "1"]
     return [
-        Stage("preprocess", ["preprocess.py", "--train_csv", "input/train.csv", "--size", "64",
-                             "--n_folds", "2", "--workers", "1"]),
-        Stage("crop saliency", crop),
+        Stage("preprocess", ["preprocess.py", "--train_csv", "input/train.csv", "--size", "64", "--n_folds", "2",
+                             "--workers", "1"]),
+        Stage("crop saliency", [*crop, "--source", "saliency"]),
         Stage("train resnet", ["train.py", "--model", "resnet", *fit, "--fold", "0"]),
         Stage("train resnet, fold 1", ["train.py", "--model", "resnet", *fit, "--fold", "1"], True),
         Stage("train chipnet", ["train.py", "--model", "chipnet", *fit]),
+        Stage("crop", crop),
         Stage("crop attention", [*crop, "--source", "attention"]),
         Stage("train cropnet", ["train.py", "--model", "cropnet", *fit]),
         Stage("train fsg_vit", ["train.py", "--model", "fsg_vit", *fit, "--backbone", "vit_tiny"]),
         Stage("ensemble", ["ensemble.py", "weights"]),
-        Stage("predict", ["predict.py", "--run", "runs/ensemble", "--limit", "6", "--device", "cpu",
-                          "input/images"]),
+        Stage("predict", ["predict.py", "--run", "runs/ensemble", "--limit", "6", "--device", "cpu", "input/images"]),
     ]  # fmt: skip
 
 
@@ -128,10 +129,8 @@ def command(words: list[str], fatal: int = 0) -> list[str]:
 
 
 def call(words: list[str], home: Path, moment: float | None = None, limit: int | None = None):
-    """Run a command in a directory, with files of at most `limit` bytes: (exit status, stderr).
-
-    Killed at the moment (seconds) or by itself its status is None.
-    """
+    """Run a command in a directory, with files of at most `limit` bytes: (exit status, stderr). The status is None if
+    it was killed, at the moment (seconds) or by itself."""
 
     def restrict() -> None:
         if limit is not None:
@@ -250,7 +249,7 @@ def run_whole(stages: list[Stage], folder: Path) -> None:
         status, stderr = run(stage.words, home, fatal=-1)
         stage.seconds = time.monotonic() - begin
         if status != 0:
-            raise util.InputError(f"{stage.name}: exit status {status}: {stderr[-500:]}")
+            raise InputError(f"{stage.name}: exit status {status}: {stderr[-500:]}")
         stage.changes = int(stderr.split()[-1])
         stage.after = fresh(folder / f"after{number}", home)
         extra = [name for name in files_of(home) if name.endswith((".tmp", ".part"))]
@@ -258,7 +257,8 @@ def run_whole(stages: list[Stage], folder: Path) -> None:
 
 
 def kill_trial(stage: Stage, home: Path, rng: np.random.Generator) -> int:
-    """Kill a stage once or more, let it finish, and compare; returns the number of kills."""
+    """Kill a stage once or more, let it finish, and compare; returns the number of kills. home: always the same, for
+    some files hold absolute paths."""
     fresh(home, stage.before)
     words, kills, moments = stage.words, 0, []
     while True:
@@ -276,7 +276,7 @@ def kill_trial(stage: Stage, home: Path, rng: np.random.Generator) -> int:
     stage.found["kills"] += kills
     stage.found["calls"] += kills  # every kill is followed by a call
     wrong = compare(home, stage.after)
-    if status != 0 and not (kills and status == 2 and "already finished" in stderr):
+    if status != 0 and not (kills and status == 2 and "already" in stderr):  # killed after its last change
         wrong += complaint(status, stderr) or [stderr.strip().splitlines()[-1]]
     stage.found["wrong"] += [f"killed at {', '.join(moments)}: {line}" for line in wrong]
     return kills
@@ -297,19 +297,17 @@ def fill_tmpfs(stage: Stage, home: Path, share: float) -> bool:
     """Run a stage on a tmpfs with a share of the room it needs; whether that was too little."""
     fresh(home, stage.before)
     old = {name: path.stat().st_size for name, path in files_of(stage.before).items()}
-    need = sum(path.stat().st_size - old.get(name, 0)
-               for name, path in files_of(stage.after).items())  # fmt: skip
+    need = sum(path.stat().st_size - old.get(name, 0) for name, path in files_of(stage.after).items())
     room = int(share * need) // 1024 + 4
     script = (
-        'mkdir small && mount -t tmpfs -o size=1g none small && cp -a [!s]* small/ && '
-        "used=$(df -k --output=used small | tail -1) && mount -o remount,size=$((used + $0))k small"
-        ' && cd small && "$@"; status=$?; cd ..; cp -a small saved; exit $status'
+        "cd .. && mount -t tmpfs -o size=1g none home && cp -a $0/. home && cd home && "
+        "used=$(df -k --output=used . | tail -1) && mount -o remount,size=$((used + $1))k $PWD && shift && "
+        '"$@"; status=$?; cd .. && cp -a home saved; exit $status'
     )
-    words = ["unshare", "-rm", "sh", "-c", script, str(room), *command(stage.words)]
+    words = ["unshare", "-rm", "sh", "-c", script, str(stage.before), str(room), *command(stage.words)]
     status, stderr = call(words, home)
-    saved = fresh(home.with_name("saved"), home / "saved")
-    shutil.rmtree(home)
-    saved.rename(home)
+    fresh(home, home.with_name("saved"))
+    shutil.rmtree(home.with_name("saved"))
     return settle(stage, home, status, stderr, f"{room} kB on tmpfs")
 
 
@@ -362,7 +360,7 @@ def main(args: argparse.Namespace) -> None:
         with tqdm(total=args.kills, desc="kills", unit="kill") as bar:
             while bar.n < args.kills:
                 stage = min(tried, key=lambda s: s.found["kills"])
-                bar.update(kill_trial(stage, folder / "trial", rng))
+                bar.update(kill_trial(stage, folder / "home", rng))
         if args.full_disk:
             fills = [fill_disk] + [fill_tmpfs] * can_mount()
             if len(fills) == 1:
@@ -370,7 +368,7 @@ def main(args: argparse.Namespace) -> None:
             for stage in tqdm(tried, desc="full disk", unit="stage"):
                 for fill in fills:
                     for share in ROOM:
-                        fill(stage, folder / "trial", share)
+                        fill(stage, folder / "home", share)
         report(stages)
     if any(stage.found["wrong"] for stage in stages):
         raise SystemExit(1)

@@ -9,12 +9,12 @@ from conftest import call, hashes
 
 import blends
 import ensemble
-from blends import BLENDS, Blend, learn_weights
+from blends import BLENDS, learn_weights
 from plumbing.files import read_json, sha256, write_json
 from tasks import rank_among, rank_in_fold, weighted_auc
 from util import InputError
 
-TABLES = ("oof.csv", "test_predictions.csv")
+NAMES, OOF, TEST = ("chipnet", "cropnet", "resnet"), "oof.csv", "test_predictions.csv"
 
 
 @pytest.fixture
@@ -27,59 +27,46 @@ def blend(runs, mode, *more, name="b"):
     return call("ensemble", mode, "--runs_dir", runs, "--name", name, *more)
 
 
-def read(run, name="oof.csv"):
+def read(run, name=OOF):
     return pd.read_csv(run / name, dtype={"image_name": str})
 
 
-def spoil(run, change, tables=("oof.csv",)):
-    """Change tables of a run as if it had written them so."""
+def spoil(run, change, name=OOF):
+    """Change a table of a run as if it had written it so."""
     metrics = read_json(run / "metrics.json")
-    for name in tables:
-        change(read(run, name)).to_csv(run / name, index=False)
-        metrics["sha256"][name] = sha256(run / name)
+    change(read(run, name)).to_csv(run / name, index=False)
+    metrics["sha256"][name] = sha256(run / name)
     write_json(run / "metrics.json", metrics)
 
 
 # ---------------------------------------------------------------- how to blend
-def test_given_weights_of_a_mean_are_those_of_the_mean(runs):
+def test_blends_average_by_weights_and_nest(runs, monkeypatch):
+    probs = {name: np.column_stack([read(runs / run, name)["prob"] for run in NAMES]) for name in (OOF, TEST)}
     out = blend(runs, "mean", "--weights", "resnet=3", "cropnet=1")
-    assert np.allclose(read(out)["prob"], 0.75 * read(runs / "resnet")["prob"] + 0.25 * read(runs / "cropnet")["prob"])
     assert [member["weight"] for member in read_json(out / "config.json")["members"]] == [0, 0.25, 0.75]
-    submission = read(out, "submission.csv")
-    assert submission["image_name"].tolist() == ["0027", "0026", "0025", "0024"]
-    parts = [read(runs / name, "submission.csv")["target"] for name in ("resnet", "cropnet")]
-    assert np.allclose(submission["target"], 0.75 * parts[0] + 0.25 * parts[1])
-
-
-def test_logit_and_rank_blends(runs):
-    probs = np.column_stack([read(runs / n)["prob"] for n in ("chipnet", "cropnet", "resnet")])
-    logit = np.log(probs / (1 - probs)).mean(axis=1)
-    assert np.allclose(read(blend(runs, "logit"))["prob"], 1 / (1 + np.exp(-logit)))
-    fold = read(runs / "resnet")["fold"].to_numpy()
-    ranks = np.column_stack([rank_in_fold(p, fold) for p in probs.T]).mean(axis=1)
-    assert np.allclose(read(blend(runs, "rank", name="r"))["prob"], ranks)
-
-
-def test_a_blend_is_one_row(runs, monkeypatch):
-    monkeypatch.setitem(blends.BLENDS, "square", Blend(value=lambda prob, history: prob**2, score=np.sqrt))
-    out = blend(runs, "square", "--runs", "resnet", "cropnet")
-    for name in TABLES:
-        parts = [read(runs / run, name)["prob"] for run in ("resnet", "cropnet")]
-        assert np.allclose(read(out, name)["prob"], np.sqrt((parts[0] ** 2 + parts[1] ** 2) / 2))
+    assert read(out, "submission.csv")["image_name"].tolist() == ["0027", "0026", "0025", "0024"]
+    nested = blend(runs, "mean", "--runs", "b", "chipnet", name="nested")
+    monkeypatch.setitem(blends.BLENDS, "square", blends.Blend(lambda prob, history: prob**2, np.sqrt))  # one row
+    logit, square = (blend(runs, mode, name=mode) for mode in ("logit", "square"))
+    for name, prob in probs.items():
+        assert np.allclose(read(out, name)["prob"], prob @ [0, 0.25, 0.75])
+        assert np.allclose(read(nested, name)["prob"], prob @ [0.5, 0.125, 0.375])
+        assert np.allclose(read(square, name)["prob"], np.sqrt((prob**2).mean(axis=1)))
+        assert np.allclose(read(logit, name)["prob"], 1 / (1 + np.exp(-np.log(prob / (1 - prob)).mean(axis=1))))
+    default = read_json(runs / "ensemble" / "config.json")["members"]  # no blends unless they are named
+    assert {member["run"] for member in default} == {f"../{name}" for name in NAMES}
 
 
 @pytest.mark.parametrize("mode", sorted(BLENDS))
 def test_a_test_image_scores_the_same_alone(runs, mode):
     together = read(blend(runs, mode), "submission.csv").set_index("image_name")["target"]
-    for name in ("resnet", "chipnet", "cropnet"):
-        spoil(runs / name, lambda table: table[table["image_name"] == "0025"], TABLES[1:])
+    for name in NAMES:
+        spoil(runs / name, lambda table: table[table["image_name"] == "0025"], TEST)
     alone = read(blend(runs, mode, name="c"), "submission.csv")
-    assert alone["image_name"].tolist() == ["0025"]
-    assert alone["target"].item() == together["0025"]
+    assert (alone["image_name"].tolist(), alone["target"].item()) == (["0025"], together["0025"])
     if mode == "rank":  # among the held-out rows of each fold, by each network
-        parts = [(read(runs / n), read(runs / n, TABLES[1])) for n in ("resnet", "chipnet", "cropnet")]
-        ranks = [rank_among(oof["prob"][oof["fold"] == k], test["prob"][test["fold"] == k])
-                 for oof, test in parts for k in (0, 1)]  # fmt: skip
+        tables = [(read(runs / name).groupby("fold"), read(runs / name, TEST).groupby("fold")) for name in NAMES]
+        ranks = [rank_among(*(t.get_group(k)["prob"].to_numpy() for t in pair)) for pair in tables for k in (0, 1)]
         assert alone["target"].item() == pytest.approx(np.mean(ranks))
 
 
@@ -91,23 +78,7 @@ def test_row_order_does_not_matter(runs):
     assert len(merged) == 24
 
 
-def test_blends_nest_and_are_not_taken_by_default(runs):
-    members = read_json(runs / "ensemble" / "config.json")["members"]
-    assert {m["run"] for m in members} == {"../chipnet", "../cropnet", "../resnet"}
-    out = blend(runs, "mean", "--runs", "mean", "resnet")
-    for name in TABLES:
-        expected = (read(runs / "mean", name)["prob"] + read(runs / "resnet", name)["prob"]) / 2
-        assert np.allclose(read(out, name)["prob"], expected)
-
-
 # ---------------------------------------------------------------- learned weights
-def test_one_run_alone_keeps_its_scores(runs):
-    out = blend(runs, "weights", "--runs", "resnet")
-    before, after = (read_json(run / "metrics.json") for run in (runs / "resnet", out))
-    assert after["ranked"]["auc"] == before["ranked"]["auc"]
-    assert after["learned"]["gain"] == 0
-
-
 def test_greedy_weights_find_the_better_runs():
     rng = np.random.default_rng(0)
     target = rng.integers(0, 2, 400)
@@ -117,42 +88,34 @@ def test_greedy_weights_find_the_better_runs():
     assert min(weights[:2]) > 0.3 > weights[2]
 
 
-def test_cross_fitting_shows_no_gain_where_there_is_none():
+def test_cross_fitting_shows_no_gain_where_there_is_none_and_no_row_teaches_its_own_weights():
     """In-sample, greedy weights of 20 noise runs look good; cross-fitted they must not."""
-    rng = np.random.default_rng(0)
-    target, values, fold = rng.integers(0, 2, 120), rng.uniform(size=(120, 20)), np.arange(120) % 3
-    outside = ensemble.cross_fit(BLENDS["weights"], values, target, fold)
+    rng, fold, learned = np.random.default_rng(0), np.arange(120) % 3, BLENDS["weights"]
+    target, values = rng.integers(0, 2, 120), rng.uniform(size=(120, 20))
+    outside = ensemble.cross_fit(learned, values, target, fold)
     assert weighted_auc(target, values @ learn_weights(values, target)) > 0.62
     assert weighted_auc(target, rank_in_fold(outside, fold)) < 0.58
+    changed = ensemble.cross_fit(learned, values, np.where(fold == 0, 1 - target, target), fold)  # labels of part 0
+    assert [(outside == changed)[fold == k].all() for k in range(3)] == [True, False, False]
 
 
-def test_rows_of_a_part_do_not_teach_their_own_weights():
-    rng = np.random.default_rng(1)
-    target, values, fold = rng.integers(0, 2, 60), rng.uniform(size=(60, 4)), np.arange(60) % 2
-    before = ensemble.cross_fit(BLENDS["weights"], values, target, fold)
-    changed = np.where(fold == 0, 1 - target, target)  # other labels in part 0
-    after = ensemble.cross_fit(BLENDS["weights"], values, changed, fold)
-    assert (before[fold == 0] == after[fold == 0]).all()
-    assert not (before[fold == 1] == after[fold == 1]).all()
-
-
-def test_what_a_learned_blend_leaves_is_cross_fitted(runs):
-    names = ("chipnet", "cropnet", "resnet")
-    fold, target = read(runs / "resnet")["fold"].to_numpy(), read(runs / "resnet")["target"].to_numpy()
-    values = np.column_stack([rank_in_fold(read(runs / name)["prob"].to_numpy(), fold) for name in names])
+def test_what_a_learned_blend_leaves_is_cross_fitted(runs, runs_dir):
+    fold, target = (read(runs / "resnet")[column].to_numpy() for column in ("fold", "target"))
+    values = np.column_stack([rank_in_fold(read(runs / name)["prob"].to_numpy(), fold) for name in NAMES])
     found = read(runs / "ensemble")["prob"].to_numpy()
     for k in (0, 1):
         assert np.allclose(found[fold == k], values[fold == k] @ learn_weights(values[fold != k], target[fold != k]))
     weights = [member["weight"] for member in read_json(runs / "ensemble" / "config.json")["members"]]
     assert np.allclose(weights, learn_weights(values, target))  # for new images
-
-
-def test_single_fold_is_cross_fitted_by_halves(runs):
-    for name in ("resnet", "cropnet"):
-        spoil(runs / name, lambda table: table[table["fold"] == 0], TABLES)
-    out = blend(runs, "weights", "--runs", "resnet", "cropnet")
-    assert set(read(out)["fold"]) == {0}
-    assert read_json(out / "metrics.json")["learned"]["gain_interval"] is not None
+    alone = read_json(blend(runs, "weights", "--runs", "resnet") / "metrics.json")
+    assert alone["ranked"]["auc"] == read_json(runs / "resnet" / "metrics.json")["ranked"]["auc"]
+    assert alone["learned"]["gain"] == 0
+    for name in NAMES:  # of one fold alone, halves teach each other
+        for table in (OOF, TEST):
+            spoil(runs / name, lambda t: t[t["fold"] == 0], table)
+    half = blend(runs, "weights", name="half")
+    assert set(read(half)["fold"]) == {0}
+    assert read_json(half / "metrics.json")["learned"]["gain_interval"] is not None
 
 
 # ---------------------------------------------------------------- what is refused, and what is replaced
@@ -173,52 +136,35 @@ def test_runs_that_do_not_match_are_refused(runs, change, word):
     assert not (runs / "b").exists()
 
 
-@pytest.mark.parametrize(
-    ("more", "word"),
-    [
-        (["--runs", "nothing"], "nothing"),
-        (["--runs", "resnet", "resnet"], "once"),
-        (["--runs", "resnet", "b"], "not b|missing|No such"),
-        (["--weights", "resnet"], "NAME=NUMBER"),
-        (["--weights", "other=1"], "chipnet, cropnet, resnet"),
-        (["--weights", "resnet=-1", "cropnet=2"], "positive"),
-        (["--weights", "resnet=0"], "positive"),
-        (["--weights", "resnet=nan"], "positive"),
-    ],
-)
-def test_bad_words(runs, more, word):
-    with pytest.raises((InputError, FileNotFoundError), match=word):
-        blend(runs, "mean", *more)
-
-
-def test_changed_tables_other_folds_and_empty_folders_are_refused(runs, tmp_path):
-    table = read(runs / "chipnet")
-    table.assign(prob=table["target"]).to_csv(runs / "chipnet" / "oof.csv", index=False)
-    with pytest.raises(InputError, match=r"chipnet.*oof\.csv"):
-        blend(runs, "mean")
+def test_other_folds_odd_weights_and_empty_folders_are_refused(runs, tmp_path):
+    for words in (["resnet"], ["other=1"], ["resnet=-1", "cropnet=2"], ["resnet=0"], ["resnet=nan"]):
+        with pytest.raises(InputError, match="NAME=NUMBER.*chipnet, cropnet, resnet"):
+            blend(runs, "mean", "--weights", *words)
     config = read_json(runs / "resnet" / "config.json")
     config["inputs"]["folds"] = "other"
     write_json(runs / "resnet" / "config.json", config)
     with pytest.raises(InputError, match="resnet has other folds"):
         blend(runs, "mean", "--runs", "cropnet", "resnet")
-    with pytest.raises(InputError, match=str(tmp_path / "nothing")):
+    for words in (["resnet", "resnet"], ["resnet", "mean"]):
+        with pytest.raises(InputError, match="once"):
+            blend(runs, "mean", "--runs", *words, name="mean")
+    with pytest.raises(InputError, match="nothing"):
         blend(tmp_path / "nothing", "mean")
 
 
 def test_a_blend_made_anew_leaves_nothing_of_the_old_one_and_runs_are_never_replaced(runs):
-    out = blend(runs, "mean", "--runs", "resnet", "cropnet")
+    words = ["--runs", "resnet", "cropnet"]
+    out = blend(runs, "mean", *words)
     assert (out / "submission.csv").exists()
-    for name in ("resnet", "cropnet"):
+    for name in words[1:]:
         metrics = read_json(runs / name / "metrics.json")
-        for table in ("test_predictions.csv", "submission.csv"):
-            (runs / name / table).unlink()
-            del metrics["sha256"][table]
+        metrics["sha256"] = {OOF: metrics["sha256"][OOF]}  # as if there had been no test images
         write_json(runs / name / "metrics.json", metrics)
     with pytest.raises(InputError, match="--overwrite"):
-        blend(runs, "mean", "--runs", "resnet", "cropnet")
-    blend(runs, "mean", "--runs", "resnet", "cropnet", "--overwrite")
+        blend(runs, "mean", *words)
+    blend(runs, "mean", *words, "--overwrite")
     assert not list(out.glob("*submission*")) + list(out.glob("test_*"))
-    assert set(read_json(out / "metrics.json")["sha256"]) == {"oof.csv"}
+    assert set(read_json(out / "metrics.json")["sha256"]) == {OOF}
     with pytest.raises(InputError, match="cropnet"):  # chipnet alone has test predictions
         blend(runs, "mean", "--runs", "cropnet", "chipnet", name="c")
     before = hashes(runs / "chipnet")

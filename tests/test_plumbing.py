@@ -13,7 +13,6 @@ import pytest
 from conftest import ROOT, write_images
 from PIL import Image
 
-from plumbing import arrays
 from plumbing.arrays import PartialArray, Rows, open_array
 from plumbing.data import MetaEncoder, as_words, check_groups, groups_of, read_data, read_table
 from plumbing.files import atomic, finish_output, open_output, read_json, sha256, write_json
@@ -43,15 +42,13 @@ def test_unfinished_directory_goes_on_only_with_the_same_settings(tmp_path):
     open_output(out, "done.json", False, {"size": 3})
     with pytest.raises(InputError, match="size = 3, not 4; "):
         open_output(out, "done.json", False, {"size": 4})
-    assert (out / "x.npy.part").exists()
     finish_output(open_output(out, "done.json", True, {"size": 4}), "done.json", {})
     assert [file.name for file in out.iterdir()] == ["done.json"]
 
 
 @pytest.mark.parametrize("marker", ['{"sha256": {"old.npy": "0", "../mine": "0"}}', '{"sha256": {"old.n', "[1]"])
 def test_overwriting_removes_what_the_marker_lists_and_nothing_foreign(tmp_path, marker):
-    out = tmp_path / "out"
-    (out / "crops").mkdir(parents=True)
+    (out := tmp_path / "out").joinpath("crops").mkdir(parents=True)
     for name in ("old.npy", "crops/x.npy", "notes.txt", "../mine"):
         (out / name).write_text("x")
     (out / "done.json").write_text(marker)
@@ -79,16 +76,6 @@ def test_array_has_its_name_once_it_is_finished(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["x.npy.part"]
 
 
-def test_full_disk_is_known_before_any_work_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(arrays.os, "posix_fallocate", full, raising=False)
-    with pytest.raises(InputError, match=r"x\.npy.*0\.48 GB.*No space.*; "):
-        PartialArray(tmp_path / "x.npy", (10_000, 126, 127, 3))
-    assert not list(tmp_path.iterdir())
-
-
 # ---------------------------------------------------------------- tables and groups
 def test_tables_keep_names_and_groups_as_text(tmp_path):
     (tmp_path / "t.csv").write_bytes("\ufefffile,patient\n0012,007\nMüller,\n".encode())
@@ -113,18 +100,14 @@ def test_groups_are_the_same_however_a_table_spells_them():
     assert as_words(pd.Series(odd)).tolist() == odd  # hashes and long numbers stay what they are
 
 
-def test_changed_tables_and_split_groups_are_noticed(data_dir, tmp_path):
+def test_groups_on_both_sides_of_a_fold_are_noticed_in_data_that_is_as_hashed(data_dir, tmp_path):
     copy = shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns("crops"))
-    read_data(copy)
     table = pd.read_csv(copy / "train.csv", dtype={ID: str})
-    table.loc[0, "fold"] = 1 - table.loc[0, "fold"]
-    table.to_csv(copy / "train.csv", index=False)
-    with pytest.raises(InputError, match=r"train\.csv.*changed.*; "):
-        read_data(copy)
+    table.assign(fold=np.arange(24) % 2).to_csv(copy / "train.csv", index=False)
     facts = read_json(copy / "preprocess.json")
-    facts["sha256"]["train.csv"] = sha256(copy / "train.csv")  # as if it had to be so
+    facts["sha256"]["train.csv"] = sha256(copy / "train.csv")
     write_json(copy / "preprocess.json", facts)
-    with pytest.raises(InputError, match=r"train\.csv: p0 "):
+    with pytest.raises(InputError, match=r"train\.csv: p\d+ "):
         read_data(copy)
 
 
@@ -184,12 +167,6 @@ def test_scaled_decoding_shifts_no_crop_by_a_fraction_of_a_pixel(tmp_path):
             slope = np.gradient(exact, axis=axis)
             shift = ((found[..., 0] - exact) * slope).sum() / (slope**2).sum()  # in pixels of the crop
             assert abs(shift) < 0.03
-
-
-def test_a_crop_is_refused_of_another_image_than_its_box_was_found_in(tmp_path):
-    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
-    with pytest.raises(InputError, match=r"a\.png.*40 x 30.*80 x 60.*; "):
-        read_crops(tmp_path / "a.png", [(0, 0, 20, 20)], [8], (80, 60))
 
 
 def test_all_kinds_of_pixels_become_upright_rgb(tmp_path):

@@ -17,7 +17,8 @@ from plumbing.arrays import open_array
 from plumbing.data import read_data
 from plumbing.files import read_json
 from plumbing.images import read_square
-from util import FOLD, ID, TARGET, InputError
+from plumbing.runs import make_submission
+from util import FOLD, ID, PROB, TARGET, InputError
 
 
 def words(source, output, *more):
@@ -29,13 +30,11 @@ def run(*args):
 
 
 def edit(path, change):
-    """Change a csv as a table of text."""
     change(pd.read_csv(path, dtype=str)).to_csv(path, index=False)
 
 
 @pytest.fixture
 def mine(tmp_path):
-    """A user's folder of twelve images that may be changed."""
     return write_images(tmp_path / "mine", n_train=12)
 
 
@@ -43,8 +42,7 @@ def test_arrays_and_tables_agree(source, data_dir):
     data = read_data(data_dir)
     array = open_array(data.array_path("train"), 24)
     assert array.shape == (24, 64, 64, 3)
-    assert data.train[ID].iloc[3] == "0003"
-    assert (data.train["width"].iloc[0], data.train["height"].iloc[0]) == (96, 72)
+    assert data.train.loc[3, [ID, "width", "height"]].tolist() == ["0003", 96, 72]
     image = Image.open(source / "images" / "0000.jpg").resize((64, 64), 2, box=(12, 0, 84, 72))
     assert np.abs(array[0].astype(int) - np.asarray(image)).max() <= 1
 
@@ -77,8 +75,8 @@ def test_stopped_run_goes_on_where_it_was(source, tmp_path, monkeypatch, signal,
         run(source, out, "--exact")
     if gone:  # someone removed the array but not the record of its rows
         (out / "train_32.npy.part").unlink()
-    read, seen = preprocess.read_square, []
-    monkeypatch.setattr(preprocess, "read_square", lambda path, *more: seen.append(path) or read(path, *more))
+    seen = []
+    monkeypatch.setattr(preprocess, "read_square", lambda path, *more: seen.append(path) or read_square(path, *more))
     run(source, out)
     assert len(seen) == 28 - (0 if gone else 10)  # two chunks of five were recorded
     left, expected = ({Path(name).name: value for name, value in hashes(folder).items()} for folder in (out, whole))
@@ -118,11 +116,6 @@ def test_folds_of_single_rows_are_drawn_without_a_loop_over_groups(monkeypatch, 
     assert not recwarn.list
 
 
-def test_folds_that_would_lack_a_class_are_refused():
-    with pytest.raises(InputError, match="class 1 .*1 groups.*; "):
-        preprocess.assign_folds(np.array([1, 1, 0, 0, 0, 0]), np.array(list("aabcde")), 2, seed=0)
-
-
 # ---------------------------------------------------------------- names, columns, labels
 @pytest.mark.parametrize("fault", ["missing", "empty"])
 def test_bad_image_is_named_or_left_out(mine, tmp_path, fault):
@@ -146,22 +139,16 @@ def test_columns_labels_and_folders_are_named_by_flags(mine, tmp_path):
         "file": t["target"].map(label) + "/" + t[ID] + ".jpg", "kind": t["target"].map(label), "who": t["patient_id"]}))
     names = [f"{i:04d}.jpg" for i in range(4)]
     edit(mine / "test.csv", lambda t: pd.DataFrame({"file": names}))
-    pd.DataFrame({"guess": 0.5, "file": names[::-1]}).to_csv(mine / "sample_submission.csv", index=False)
+    pd.DataFrame({"isic_id": names[::-1], "guess": 0.5}).to_csv(mine / "sample_submission.csv", index=False)
     data = read_data(run(mine, tmp_path / "out", "--image_dir", mine / "train", "--test_image_dir", mine / "test",
                          *"--image_col file --target_col kind --positive malignant --group_col who".split()))
     assert data.train[ID].iloc[1] == "malignant/0001.jpg"
     assert data.train[TARGET].tolist() == [1, 1, 0, 0] * 3
-    assert (data.facts["group_col"], data.facts["submission_columns"]) == ("who", ["file", "guess"])
-    assert data.submission["file"].tolist() == names[::-1]
+    assert data.facts["group_col"] == "who"
+    submission = make_submission(pd.DataFrame({ID: names, PROB: [0.1, 0.2, 0.3, 0.4]}), data)
+    assert submission.to_dict("list") == {"isic_id": names[::-1], "guess": [0.4, 0.3, 0.2, 0.1]}
     array = open_array(data.array_path("test"), 4)
     assert (array[0] == read_square(mine / "test" / "0000.jpg", 32)[0]).all()
-
-
-def test_sample_submission_may_name_its_columns_otherwise(mine, tmp_path):
-    edit(mine / "sample_submission.csv", lambda t: t.rename(columns={ID: "isic_id", "target": "malignant"}))
-    data = read_data(run(mine, tmp_path / "out"))
-    assert data.facts["submission_columns"] == ["isic_id", "malignant"]
-    assert data.submission["isic_id"].tolist() == ["0015", "0014", "0013", "0012"]
 
 
 # ---------------------------------------------------------------- what must not meet
@@ -189,7 +176,7 @@ def add_extra(source, folder, **change):
 def test_external_images_share_nothing_with_others(mine, tmp_path, patients, change, value):
     if patients is not None:
         edit(mine / "train.csv", lambda t: t.assign(patient_id=[*map(patients.format, range(11)), "A17"]))
-    with pytest.raises(InputError, match=rf"extra\.csv.*{value}.*; "):
+    with pytest.raises(InputError, match=rf"extra\.csv.*\b{value}\b.*; "):
         run(mine, tmp_path / "data", "--extra_csv", add_extra(mine, tmp_path / "external", **change))
     assert not (tmp_path / "data").exists()
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -84,7 +85,7 @@ def test_folds_gather_in_one_run_whatever_the_order(data_dir, runs_dir, tmp_path
         assert (run / name).read_bytes() == (runs_dir / "resnet" / name).read_bytes()
     for fold in read_json(run / "metrics.json")["folds"]:  # every call is on record, not the last alone
         assert fold["argv"] == ["train.py", "--fold", str(fold["fold"])]
-        assert fold["versions"]["torch"] == torch.__version__
+        assert torch.__version__.startswith(fold["versions"]["torch"])
     before = names(run)
     for words, message in ((["--fold", 0], "finished"), (["--fold", 0, "--seed", 1, "--resume"], "seed")):
         with pytest.raises(InputError, match=message):
@@ -181,7 +182,8 @@ def test_a_signal_or_a_kill_costs_the_epoch_alone(data_dir, tmp_path):
                                    text=True, start_new_session=True)  # fmt: skip
         give_up = time.monotonic() + 120
         while not log.exists() or len(log.read_text().splitlines()) < done + 2:  # one more epoch, and the header
-            assert process.poll() is None and time.monotonic() < give_up
+            assert process.poll() is None
+            assert time.monotonic() < give_up
             time.sleep(0.01)
         os.killpg(process.pid, number) if group else process.send_signal(number)  # Ctrl-C goes to the whole group
         error = process.communicate(timeout=60)[1]
@@ -318,8 +320,7 @@ def test_runs_made_with_relative_paths_predict_from_anywhere_without_the_data(da
     after = [predict(tmp_path / "far" / "kept" / name, images, tmp_path / "after" / name)
              for name in ("cropnet", "ensemble")]  # fmt: skip
     assert before == after
-    relative = os.path.relpath(tmp_path / "far" / "kept" / "ensemble")
-    assert predict(tmp_path.joinpath(relative), images, tmp_path / "third") == after[1]
+    assert predict(Path("..", "kept", "ensemble"), images, tmp_path / "third") == after[1]
 
 
 def test_a_run_goes_on_however_its_data_is_named(data_dir, runs_dir, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 are kinds of bad input (test_bad_input.py)."""
 
 import ast
-import pickle
 import struct
 import zlib
 
@@ -11,18 +10,11 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from PIL import Image
-from test_bad_input import Hostile
 
 from plumbing.arrays import open_array
 from plumbing.data import read_table
 from plumbing.images import configure_pillow, read_image, read_square
 from util import InputError
-
-
-def test_the_hostile_file_would_do_harm(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    pickle.loads(pickle.dumps(Hostile())).close()
-    assert (tmp_path / "was run").exists()
 
 
 def test_no_source_loads_pickles():
@@ -42,11 +34,11 @@ def test_no_source_loads_pickles():
 def test_images_have_a_limit(tmp_path, recwarn):
     configure_pillow()
     header = struct.pack(">4sIIBBBBB", b"IHDR", 50_000, 50_000, 8, 2, 0, 0, 0)
-    chunks = (struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (header, b"IDAT"))
+    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (header, b"IDAT")]
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
     with pytest.raises(InputError, match=r"bomb\.png.*2500000000.*; "):
         read_image(tmp_path / "bomb.png")
-    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")  # more than Pillow takes by itself
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")  # of which Pillow by itself warns
     assert read_square(tmp_path / "large.png", 8)[1] == (9500, 9500)
     assert not recwarn.list
 
@@ -68,7 +60,6 @@ def test_arrays_are_as_large_as_their_file(tmp_path, shape):
 
 
 def test_packed_tables_are_not_unpacked(tmp_path):
-    for name in ("t.csv.gz", "t.zip"):
-        pd.DataFrame({"image_name": ["a"] * 10**5}).to_csv(tmp_path / name)
-        with pytest.raises(InputError, match=rf"{name}.*; "):
-            read_table(tmp_path / name)
+    pd.DataFrame({"image_name": ["a"] * 10**5}).to_csv(tmp_path / "t.csv.gz")
+    with pytest.raises(InputError, match=r"t\.csv\.gz.*; "):
+        read_table(tmp_path / "t.csv.gz")
