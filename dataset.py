@@ -10,6 +10,7 @@ References:
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -332,6 +333,7 @@ def start_worker(worker_id: int) -> None:
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # told to end: no error that torch has to report
+    sys.excepthook = lambda *_: None  # of threads that find the process that trains gone; torch hands on the rest
 
 
 def loader_options(workers: int) -> dict:

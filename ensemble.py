@@ -13,7 +13,6 @@ row they were learned on: what oof.csv holds is cross-fitted.
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ import util
 from blends import BLENDS, Blend, values_of
 from plumbing.data import Data, read_data
 from plumbing.files import provenance, read_json, sha256, write_json
-from plumbing.runs import Run, read_run, score_line, write_run
+from plumbing.runs import Run, read_run, remove_run, score_line, write_run
 from tasks import Ranked, bootstrap_weights, interval, rank_in_fold
 from util import FOLD, ID, PROB, TARGET, InputError
 
@@ -134,11 +133,11 @@ def main(args: argparse.Namespace) -> Path:
         test_values = values_of(blend, test_prob, test[FOLD].to_numpy(), prob, fold)
         test[PROB] = blend.score(test_values @ weights)
 
-    if folder.exists():
+    if any(path.suffix != ".tmp" for path in folder.glob("*")):  # else a call was stopped before its first file
         is_blend = (folder / "config.json").exists() and "members" in read_json(folder / "config.json")
         if not is_blend or ((folder / "metrics.json").exists() and not args.overwrite):
             raise InputError(f"{folder} is already there; pass another --name, or --overwrite to replace a blend")
-        shutil.rmtree(folder)
+    remove_run(folder)
     folder.mkdir(parents=True)
     places = [{"run": os.path.relpath(run.path, folder), "metrics": sha256(run.path / "metrics.json")} for run in runs]
     members = [place | {"weight": weight} for place, weight in zip(places, weights, strict=True)]

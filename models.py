@@ -263,6 +263,8 @@ def save_plain(path: Path, **content) -> None:
         with atomic(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **content}, file)  # given a path, its name would be part of the bytes
     except RuntimeError as error:  # torch's word for a full disk too
+        if isinstance(error.__context__, KeyboardInterrupt):  # and for Ctrl-C while it writes
+            raise error.__context__ from None
         raise InputError(f"{path} cannot be written; is the disk full? ({error})") from None
 
 

@@ -119,7 +119,7 @@ def open_run(run_dir: Path, config: dict, folds: list[int], resume: bool, overwr
     if run_dir.exists() and not path.exists() and any(not p.name.endswith(".tmp") for p in run_dir.iterdir()):
         raise InputError(f"{run_dir} holds files but no run; pass another --name")
     if overwrite and path.exists():
-        shutil.rmtree(run_dir)
+        remove_run(run_dir)
     if path.exists():
         kept = config["args"].keys() - FREE_ARGUMENTS
         new, old = (c["inputs"] | {key: c["args"][key] for key in kept} for c in (config, read_json(path)))
@@ -138,6 +138,17 @@ def open_run(run_dir: Path, config: dict, folds: list[int], resume: bool, overwr
     if not path.exists():
         write_json(path, config)
     return [k for k in folds if k not in done]
+
+
+def remove_run(run_dir: Path) -> None:
+    """Remove a run, if it exists, its config.json last: stopped halfway it is an unfinished run."""
+    for path in sorted(run_dir.glob("*"), key=lambda path: path.name != "metrics.json"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "config.json":
+            path.unlink()
+    if run_dir.exists():
+        shutil.rmtree(run_dir)
 
 
 def copy_finder(crop_dir: Path, finder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import pickle
 import signal
-import warnings
 from itertools import product
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -12,7 +11,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 import dataset
@@ -21,7 +19,6 @@ from plumbing.arrays import array_path, open_array
 from plumbing.distributed import Team
 
 
-# ---------------------------------------------------------------- augmentation
 def test_hair_is_drawn_with_the_originals_numbers_widths_and_opacities(monkeypatch):
     ellipse, overlays = Mock(side_effect=cv2.ellipse), []
     monkeypatch.setattr(dataset.cv2, "ellipse", ellipse)
@@ -32,8 +29,8 @@ def test_hair_is_drawn_with_the_originals_numbers_widths_and_opacities(monkeypat
         ellipse.reset_mock()
     assert {len(arcs) for arcs in overlays} <= {50, 100, 150, 200, 300, 400, 500, 600}
     assert len({len(arcs) for arcs in overlays}) > 3
-    low, high = np.min(sum(overlays, []), axis=0), np.max(sum(overlays, []), axis=0)
-    assert (low.tolist(), high.tolist()) == ([-70, 0, 70, 1], [0, 70, 180, 3])
+    arcs = np.array(sum(overlays, []))
+    assert (arcs.min(axis=0).tolist(), arcs.max(axis=0).tolist()) == ([-70, 0, 70, 1], [0, 70, 180, 3])
 
 
 def test_four_of_five_images_get_hair_in_one_of_five_browns_and_eight_symmetries():
@@ -42,24 +39,18 @@ def test_four_of_five_images_get_hair_in_one_of_five_browns_and_eight_symmetries
     transform.set_random_seed(0)
     assert 0.74 < np.mean([(transform(image=plain)["image"] != 200).any() for _ in range(400)]) < 0.86
     drawn = [hair.get_params() for _ in range(200)]
-    assert {tuple(d["color"]) for d in drawn} == {tuple(color) for color in dataset.HAIR_COLORS}
+    browns = {(35, 18, 11), (61, 35, 20), (90, 56, 37), (44, 22, 8), (21, 15, 8)}
+    assert {tuple(d["color"].tolist()) for d in drawn} == browns
     assert {(d["overlay"], d["symmetry"]) for d in drawn} == set(product(range(4), range(8)))
 
     image, color = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8), np.array([61, 35, 20])
     opacity = hair.bank[1][..., None] / 255
-    assert 0.02 < opacity.mean() < 0.7
-    expected = (1 - opacity) * image + opacity * color
-    assert np.abs(hair.apply(image, 1, 0, color) - expected).max() <= 1.5
+    assert np.abs(hair.apply(image, 1, 0, color) - (1 - opacity) * image - opacity * color).max() <= 1.5
     covers = {hair.apply(0 * image, 1, k, np.array([255] * 3))[..., 0].tobytes() for k in range(8)}
     assert covers == {np.rot90(cover, k).tobytes() for cover in (hair.bank[1], hair.bank[1].T) for k in range(4)}
     assert len(covers) == 8
-
-
-def test_hair_is_the_same_in_every_process_and_stays_out_of_pickles():
-    one = DrawHair(48, bank_size=3)
-    assert np.array_equal(one.bank, DrawHair(48, bank_size=3).bank)
-    assert len(pickle.dumps(one)) < 5_000 < one.bank[0].size * 3
-    assert np.array_equal(pickle.loads(pickle.dumps(one)).bank, one.bank)
+    assert np.array_equal(hair.bank, DrawHair(48, bank_size=4).bank)  # the same in every process
+    assert len(pickle.dumps(hair)) < 5_000  # since it is drawn there and not sent
 
 
 @pytest.mark.parametrize("mirror", [1, -1])
@@ -98,16 +89,6 @@ def test_turn_and_tint_draws_the_whole_circle_both_ways_all_shifts_and_tints():
     assert (80 <= level.min() < 85, 115 < level.max() <= 120.001) == (True, True)
 
 
-def test_training_transform_is_built_without_a_warning_and_changes_a_copy():
-    with warnings.catch_warnings(action="error"):
-        transform = dataset.train_transform(64)
-    image = np.full((64, 64, 3), 128, np.uint8)
-    out = transform(image=image)["image"]
-    assert (out.shape, out.dtype) == (image.shape, np.uint8)
-    assert (image == 128).all() != (out == 128).all()
-
-
-# ---------------------------------------------------------------- pictures and guides
 def test_jittered_crops_stay_near_the_box_and_are_now_and_then_the_whole(tmp_path):
     wide = np.zeros((1, 140, 140, 3), np.uint8)
     wide[0, ..., 0], wide[0, ..., 1] = np.arange(140), np.arange(140)[:, None]  # x, y in pixels
@@ -147,7 +128,6 @@ def test_items_with_guides_that_turn_with_their_images_and_sum_to_one(data_dir, 
     assert guide.shrink(np.zeros((64, 64), np.float32)).sum() == 0  # a map of nothing is no division by 0
 
 
-# ---------------------------------------------------------------- draws and batches
 def test_order_of_an_epoch():
     target = np.array([0] * 10 + [1] * 3)
     counts = np.bincount(draw_order(target, "balanced", seed=0), minlength=13)
@@ -194,18 +174,10 @@ def test_draws_depend_on_seed_and_position_alone(data_dir):
     assert [shades(loader(batch_size=16, rank=rank, size=3), 1) for rank in range(3)] == [one[k::3] for k in range(3)]
 
 
-class Process(list):
-    """Items that say what process makes them."""
-
-    def __getitem__(self, i):
-        signals = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-        return signals == (signal.SIG_DFL, signal.SIG_IGN), cv2.getNumThreads() <= 1
-
-
 def test_loader_processes_leave_ctrl_c_to_the_trainer_and_can_be_ended():
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
-        facts = next(iter(DataLoader(Process([0, 0]), batch_size=2, **dataset.loader_options(1))))
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert torch.stack(facts).all()
+    kinds, threads = (signal.SIGINT, signal.SIGTERM), cv2.getNumThreads()
+    before = [signal.signal(kind, lambda *_: None) for kind in kinds]
+    dataset.loader_options(1)["worker_init_fn"](0)
+    after, none = [signal.signal(*pair) for pair in zip(kinds, before, strict=True)], cv2.getNumThreads()
+    cv2.setNumThreads(threads)
+    assert (after, none <= 1) == ([signal.SIG_IGN, signal.SIG_DFL], True)

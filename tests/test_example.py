@@ -1,7 +1,5 @@
 """The example data, its weights and the notebook."""
 
-import sys
-
 import cv2
 import numpy as np
 import pandas as pd
@@ -10,45 +8,37 @@ from conftest import ROOT, call
 
 import localize
 from models import load_checkpoint
-from plumbing.images import read_image, read_square
+from plumbing.images import centre_square, read_image, read_square
 
 EXAMPLE = ROOT / "example_data"
 RUN = EXAMPLE / "runs" / "chipnet"
 
 
-def test_tables_are_those_of_isic_2020_and_small():
+def test_tables_images_and_masks_are_like_isic_2020_and_small():
     train, test = (pd.read_csv(EXAMPLE / f"{split}.csv") for split in ("train", "test"))
     site = "anatom_site_general_challenge"
     assert [*test, "target"] == list(train) == ["image_name", "patient_id", "sex", "age_approx", site, "target"]
     assert not set(train["patient_id"]) & set(test["patient_id"])
-    assert train["patient_id"].value_counts().max() > 1
-    assert train["sex"].isna().any()
+    assert (train["patient_id"].value_counts().max() > 1, train["sex"].isna().any()) == (True, True)
     assert 0.15 < train["target"].mean() < 0.25
-    size = sum(path.stat().st_size for path in EXAMPLE.rglob("*") if path.is_file())
-    assert size < 10e6
-
-
-def test_images_and_masks_match_and_lesions_are_small():
+    assert sum(path.stat().st_size for path in EXAMPLE.rglob("*") if path.is_file()) < 10e6
     shares = []
-    for name in pd.read_csv(EXAMPLE / "test.csv")["image_name"]:
+    for name in test["image_name"]:
         mask = cv2.imread(str(EXAMPLE / "masks" / f"{name}.png"), cv2.IMREAD_GRAYSCALE)
-        size = read_image(EXAMPLE / "images" / f"{name}.jpg")[1]
-        assert size == mask.shape[::-1]
-        assert 640 <= size[0] <= 1600
+        assert read_image(EXAMPLE / "images" / f"{name}.jpg")[1] == mask.shape[::-1]
+        assert 640 <= mask.shape[1] <= 1600
         shares.append((mask > 0).mean())
-    assert 0.015 < min(shares)
-    assert max(shares) < 0.3
+    assert 0.015 < min(shares) < max(shares) < 0.3
 
 
-def test_generator_repeats_itself(tmp_path):
-    sys.path.insert(0, str(EXAMPLE))
+def test_generator_repeats_itself(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE)
     call("make_example", "--output_dir", tmp_path, "--n_train", 6, "--n_test", 2)
     first = cv2.imread(str(tmp_path / "images" / "EX_0000.jpg")).astype(int)
     assert np.abs(first - cv2.imread(str(EXAMPLE / "images" / "EX_0000.jpg"))).mean() < 1
 
 
-def test_example_weights_find_the_lesion():
-    """Attention of the shipped ChipNet on test images, judged by masks it has never seen."""
+def test_example_weights_find_lesions_in_masks_they_have_never_seen():
     networks = [load_checkpoint(RUN / f"fold{k}_best.pt", fold=True)[0] for k in range(3)]
     hits, covered, sides = [], [], []
     for name in pd.read_csv(EXAMPLE / "test.csv")["image_name"][::2]:
@@ -59,14 +49,11 @@ def test_example_weights_find_the_lesion():
         x0, y0, x1, y1 = (round(edge) for edge in box.corners)
         covered.append(mask[y0:y1, x0:x1].sum() / mask.sum())
         sides.append(box.side / min(size))
-        short = min(size)
-        left, top = (size[0] - short) // 2, (size[1] - short) // 2
-        inside = mask[top : top + short, left : left + short].astype(np.float32)
+        left, top, right, bottom = (int(edge) for edge in centre_square(*size))
+        inside = mask[top:bottom, left:right].astype(np.float32)
         cells = cv2.resize(inside, attention.shape, interpolation=cv2.INTER_AREA)
         hits.append(cells.flat[attention.argmax()] > 0)
-    assert np.mean(hits) >= 0.9
-    assert np.mean(np.array(covered) >= 0.95) >= 0.9
-    assert np.mean(sides) < 0.75
+    assert (np.mean(hits) >= 0.9, np.mean(np.array(covered) >= 0.95) >= 0.9, np.mean(sides) < 0.75) == (True,) * 3
 
 
 def test_example_weights_fit_the_folds_of_preprocess_py(tmp_path):

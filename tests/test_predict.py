@@ -6,16 +6,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import call, hashes
+from conftest import call
 from PIL import Image
 
 import blends
 import models
 from localize import Finder
-from plumbing.data import CORNERS, MetaEncoder
+from plumbing.data import CORNERS
 from plumbing.files import read_json, sha256, write_json
 from plumbing.images import read_square
 from util import InputError
+
+CPU = torch.device("cpu")
 
 
 def predict(run, output, *images, meta=None, more=("--no-pictures",)):
@@ -38,7 +40,6 @@ def runs(runs_dir, tmp_path):
     return shutil.copytree(runs_dir, tmp_path / "runs")
 
 
-# ---------------------------------------------------------------- scores and boxes
 @pytest.mark.parametrize("name", ["resnet", "chipnet", "cropnet", "mean"])
 def test_new_images_score_as_the_test_set_did(runs_dir, data_dir, source, test_images, tmp_path, name):
     table = predict(runs_dir / name, tmp_path / "out", *test_images, meta=source / "test.csv")
@@ -68,44 +69,34 @@ def test_images_are_decoded_and_searched_as_in_training(runs, test_images, tmp_p
 
     noise = np.random.default_rng(0).integers(0, 256, (301, 301, 3), dtype=np.uint8)  # large enough to decode a part
     Image.fromarray(noise).save(tmp_path / "a.jpg")
-    networks = [models.load_checkpoint(runs / "resnet" / f"fold{k}_best.pt") for k in (0, 1)]
-    found = []
+    networks, found = [models.load_checkpoint(runs / "chipnet" / f"fold{k}_best.pt")[0] for k in (0, 1)], []
     for exact in (True, False):
-        change("resnet", exact=exact)
+        change("chipnet", exact=exact)
         image = torch.tensor(read_square(tmp_path / "a.jpg", 64, exact)[0]).permute(2, 0, 1)[None]
-        metas = [torch.from_numpy(MetaEncoder(c["encoder"]).encode(pd.DataFrame(index=[0]))) for _, c in networks]
-        expected = [models.predict(network, [(image, meta)], torch.device("cpu"), tta=2)
-                    for (network, _), meta in zip(networks, metas, strict=True)]  # fmt: skip
-        found.append(predict(runs / "resnet", tmp_path / str(exact), tmp_path / "a.jpg")["prob"].item())
+        expected = [models.predict(network, [(image, image[:, :0])], CPU, tta=2) for network in networks]
+        found.append(predict(runs / "chipnet", tmp_path / str(exact), tmp_path / "a.jpg")["prob"].item())
         assert found[-1] == pytest.approx(np.mean(expected), abs=1e-6)
-    assert found[0] != found[1]
+    more = ["--amp", "bf16", "--no-pictures"]
+    found.append(predict(runs / "chipnet", tmp_path / "rough", tmp_path / "a.jpg", more=more)["prob"].item())
+    assert found[0] != found[1] != found[2] == pytest.approx(found[1], abs=0.02)
 
     facts, (square, size) = read_json(runs / "cropnet" / "config.json")["crop"], read_square(test_images[1], 64)
-    finder, found = Finder.load(runs / "cropnet" / "finder", facts, torch.device("cpu")), []
+    finder, found = Finder.load(runs / "cropnet" / "finder", facts, CPU), []
     for amp in ("off", "bf16"):  # of the maps the run's crops were cut by
         change("cropnet", crop=facts | {"amp": amp})
         found.append(predict(runs / "cropnet", tmp_path / amp, test_images[1])["confidence"].item())
-        box = finder.box(finder.maps(square[None], "cpu", amp=amp)[0], size)
+        box = finder.box(finder.maps(square[None], CPU, amp=amp)[0], size)
         assert found[-1] == pytest.approx(box.confidence, abs=1e-6)
     assert found[0] != found[1]
 
 
-def test_precision_changes_predictions_a_little(runs_dir, test_images, tmp_path):
-    more = [["--amp", amp, "--no-pictures"] for amp in ("off", "bf16")]
-    exact, rough = (predict(runs_dir / "cropnet", tmp_path / m[1], *test_images, more=m)["prob"] for m in more)
-    assert np.allclose(exact, rough, atol=0.02)
-    assert not np.array_equal(exact, rough)
-
-
-# ---------------------------------------------------------------- images, their names and metadata
 def test_folders_of_folders_with_pictures_and_overwrite(runs_dir, source, tmp_path, capsys):
-    before, folder, out = hashes(source), tmp_path / "in", tmp_path / "out"
+    folder, out = tmp_path / "in", tmp_path / "out"
     for i, name in ((2, "a/0002.jpg"), (25, "b/c/0025.JPG"), (26, "0026.jpg")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / "images" / f"{i:04d}.jpg", folder / name)
     table = predict(runs_dir / "ensemble", out, folder, source / "images" / "0003.jpg", more=())
     assert set(table.index) == {"a/0002", "b/c/0025", "0026", "0003"}
-    assert table["prob"].between(0, 1).all()
     assert "1 images have names of training images" in capsys.readouterr().out
     assert {p.relative_to(out).as_posix()[:-4] for p in out.rglob("*.png")} == set(table.index)
     with pytest.raises(InputError, match="--overwrite"):
@@ -114,7 +105,6 @@ def test_folders_of_folders_with_pictures_and_overwrite(runs_dir, source, tmp_pa
     assert [path.name for path in out.rglob("*.png")] == ["0026.png"]  # none of other images
     with pytest.raises(InputError, match="share a name"):
         predict(runs_dir / "resnet", tmp_path / "twice", folder, source / "images" / "0026.jpg")
-    assert hashes(source) == before
 
 
 def test_names_in_a_table_may_have_suffixes_and_dots(runs, source, test_images, tmp_path, capsys):
@@ -129,9 +119,8 @@ def test_names_in_a_table_may_have_suffixes_and_dots(runs, source, test_images, 
     metrics["sha256"]["oof.csv"] = sha256(oof)
     write_json(runs / "resnet" / "metrics.json", metrics)
     table = predict(runs / "resnet", tmp_path / "out", tmp_path / "in", meta=tmp_path / "meta.csv")
-    told = capsys.readouterr().out
-    assert "1 images have names of training images" in told  # a.b.c, since 0000.9 is not 0000
-    assert "missing" not in told
+    told = capsys.readouterr().out  # of a.b.c; 0000.9 is not 0000
+    assert ("1 images have names of training images" in told, "missing" in told) == (True, False)
     expected = read(runs / "resnet" / "submission.csv")["target"][["0024", "0025", "0026", "0027"]]
     assert np.allclose(table["prob"][["0024", "0000.9", "a.b.c", "0027"]], expected, atol=1e-5)
     meta[2:].to_csv(tmp_path / "meta.csv", index=False)
@@ -152,13 +141,10 @@ def test_missing_metadata_is_said_where_networks_know_it(runs_dir, source, test_
 
 
 def test_bad_images_are_named_or_left_out(runs_dir, test_images, tmp_path):
-    (tmp_path / "in").mkdir()
-    for path in test_images:
-        shutil.copy(path, tmp_path / "in")
-    (tmp_path / "in" / "0025.jpg").write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"0025\.jpg.*--on_error skip"):
-        predict(runs_dir / "resnet", tmp_path / "out", tmp_path / "in")
-    assert not (tmp_path / "out" / "predictions.csv").exists()
-    table = predict(runs_dir / "resnet", tmp_path / "out", tmp_path / "in", more=["--on_error", "skip"])
-    assert table.index.tolist() == ["0024", "0026", "0027"]
-    assert len(list((tmp_path / "out").glob("*.png"))) == 3
+    (tmp_path / "bad.jpg").write_bytes(b"broken")
+    images, out = [test_images[0], tmp_path / "bad.jpg", test_images[2]], tmp_path / "out"
+    with pytest.raises(InputError, match=r"bad\.jpg.*--on_error skip"):
+        predict(runs_dir / "resnet", out, *images)
+    assert not (out / "predictions.csv").exists()
+    assert predict(runs_dir / "resnet", out, *images, more=["--on_error", "skip"]).index.tolist() == ["0024", "0026"]
+    assert sorted(path.name for path in out.glob("*.png")) == ["0024.png", "0026.png"]

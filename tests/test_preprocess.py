@@ -167,8 +167,8 @@ def add_extra(source, folder, **change):
     [
         (None, {"patient_id": ["q0", "p3", None]}, "p3"),
         (None, {"patient_id": ["q0", "p6", None]}, "p6"),  # of the test table
-        ("{:03d}", {"patient_id": ["003", "100", "101"]}, "3"),  # text in one table, numbers in the other
-        ("{}", {"patient_id": [3, None, 100]}, "3"),  # and 3.0 where the column has a gap
+        ("{:03d}", {"patient_id": [3, None, 100]}, "3"),  # text in one table, 3.0 in the other, which has a gap
+        ("90071992547409{:03d}", {"patient_id": ["90071992547409003", None, "1"]}, "90071992547409003"),  # no float
         (None, {ID: ["ex0", "0004", "ex2"]}, "0004"),  # another image of that name
         (None, {TARGET: [1, 2, 1]}, "ex1"),
     ],

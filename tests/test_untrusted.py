@@ -60,6 +60,6 @@ def test_arrays_are_as_large_as_their_file(tmp_path, shape):
 
 
 def test_packed_tables_are_not_unpacked(tmp_path):
-    pd.DataFrame({"image_name": ["a"] * 10**5}).to_csv(tmp_path / "t.csv.gz")
+    pd.DataFrame({"image_name": range(10**5)}).to_csv(tmp_path / "t.csv.gz")
     with pytest.raises(InputError, match=r"t\.csv\.gz.*; "):
         read_table(tmp_path / "t.csv.gz")
