@@ -37,7 +37,7 @@ def check_data(run: Run, data: Data, device: str) -> tuple[bool, str]:
 def check_scores(run: Run, data: Data, device: str) -> tuple[bool, str]:
     """oof.csv has every held-out row of the finished folds once, and all scores follow from it."""
     oof, expected = run.table("oof.csv"), data.train[data.train[FOLD].isin(run.folds)]
-    known = len(oof.merge(expected[[ID, FOLD, TARGET]], on=[ID, FOLD, TARGET])) == len(oof)
+    known = oof[ID].is_unique and len(oof.merge(expected[[ID, FOLD, TARGET]], on=[ID, FOLD, TARGET])) == len(oof)
     complete = len(oof) == len(expected) or run.is_blend or run.config["args"]["limit"] is not None
     again, same = score_folds(oof, data.group, run.folds), True
     for part in ("pooled", "ranked"):

@@ -142,7 +142,7 @@ def as_words(column: pd.Series) -> pd.Series:
         whole = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text)
         return whole[1] + whole[2] if whole else text
 
-    return column.astype(object).map(word, na_action="ignore")
+    return column.astype(object).map({value: word(value) for value in column.dropna().unique()})
 
 
 class MetaEncoder:

@@ -82,7 +82,6 @@ def test_images_that_no_network_held_out_get_the_mean_map(make, data_dir, runs_d
     networks = [models.load_checkpoint(runs_dir / "chipnet" / f"fold{k}_best.pt")[0] for k in (0, 1)]
     test, array = open_array(data_dir / "test_64.npy", 4), open_array(data_dir / "train_64.npy", 24)
     assert np.allclose(np.load(make(*words) / "test_attention.npy"), attention_maps(networks, test, "cpu"), atol=1e-6)
-
     run = shutil.copytree(runs_dir / "chipnet", tmp_path / "partial")
     metrics, train = read_json(run / "metrics.json"), read_data(data_dir).train
     write_json(run / "metrics.json", metrics | {"folds": metrics["folds"][:1]})

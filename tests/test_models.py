@@ -119,8 +119,7 @@ def test_fine_attention_is_registered_to_the_chips():
     model.shifts = 2
     fine = model.attention(image)
     assert (fine.shape, fine.sum().item()) == ((2, 8, 8), pytest.approx(2))
-    # cell (i, j) of the grid shifted by half a chip is the chip centred on 8 + 16 i pixels:
-    # scores are relative to each other only, so compare ratios within one of the four grids
+    # cell i is the chip centred on 8 + 16 i pixels; scores are relative, so compare within one of the four grids
     padded = nn.functional.pad(image.float() / 255, (8, 8, 8, 8), mode="reflect")
     for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
         coarse = model.weigh(model.embed(padded[..., 16 * y : 16 * y + 128, 16 * x : 16 * x + 128]))

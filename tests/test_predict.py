@@ -79,7 +79,6 @@ def test_images_are_decoded_and_searched_as_in_training(runs, test_images, tmp_p
     more = ["--amp", "bf16", "--no-pictures"]
     found.append(predict(runs / "chipnet", tmp_path / "rough", tmp_path / "a.jpg", more=more)["prob"].item())
     assert found[0] != found[1] != found[2] == pytest.approx(found[1], abs=0.02)
-
     facts, (square, size) = read_json(runs / "cropnet" / "config.json")["crop"], read_square(test_images[1], 64)
     finder, found = Finder.load(runs / "cropnet" / "finder", facts, CPU), []
     for amp in ("off", "bf16"):  # of the maps the run's crops were cut by
