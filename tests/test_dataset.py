@@ -143,7 +143,7 @@ def test_batches_hold_every_item_once_and_keep_processes_in_step(size):
         ranks, counted = [cut_batches(n_items, batch_size, accumulate, rank, size) for rank in range(size)], []
         for batches in zip(*ranks, strict=True):
             assert len({(n, len(shares)) for n, shares in batches}) == 1  # all take as many parts of one size
-            assert len(batches[0][1]) <= accumulate
+            assert len(batches[0][1]) == min(accumulate, batches[0][0])
             shares = [share for _, parts in batches for share in parts]
             assert min(len({place for place, _ in share}) for share in shares) >= 2
             own = [place for share in shares for place, weight in share if weight == 1]

@@ -30,15 +30,16 @@ def batch(n=3, size=64, pictures=1):
 
 
 def shaken(network):
-    """The network in eval mode with statistics, scales and gates that are not those of an untrained one."""
+    """The network in eval mode with statistics, biases and gates that are not those of an untrained one."""
     torch.manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.2)
             module.running_var.uniform_(0.5, 2)
             nn.init.normal_(module.weight, 1, 0.2)
-    for gate in fsg.gate_parameters(network):
-        nn.init.normal_(gate)
+    biases = [parameter for name, parameter in network.named_parameters() if name.endswith("bias")]
+    for parameter in (*biases, *fsg.gate_parameters(network)):
+        nn.init.normal_(parameter, 0, 0.5)
     return network.eval()
 
 
@@ -93,7 +94,6 @@ def test_fusion_reads_both_pictures_with_one_backbone():
         assert not torch.allclose(model(changed, meta), expected, atol=1e-4)
 
 
-# ---------------------------------------------------------------- ChipNet and views
 def test_attention_is_a_distribution_over_chips_that_see_themselves_alone():
     model, image = shaken(build_model(spec("chipnet", image_size=96))), batch(size=96)[0]
     logit, attention = model(image, None, with_attention=True)
