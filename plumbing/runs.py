@@ -3,7 +3,6 @@
 Every fold writes files of its own; `collect` makes the shared ones of them. A blend is a run too, so blends nest.
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import pandas as pd
 
 from plumbing.data import Data
 from plumbing.figures import plot_curves, plot_roc
-from plumbing.files import check_hashes, read_csv, read_json, remove, sha256, write_json, write_table
+from plumbing.files import atomic, check_hashes, read_csv, read_json, remove, sha256, write_json, write_table
 from plumbing.images import name_key
 from tasks import score_folds
 from util import FOLD, ID, PROB, InputError
@@ -133,10 +132,10 @@ def open_run(run_dir: Path, config: dict, folds: list[int], resume: bool, overwr
         if k in done or (run_dir / f"fold{k}_last.pt").exists():
             state = "finished" if k in done else "interrupted"
             raise InputError(f"fold {k} of {run_dir} is {state}; pass --resume to go on or --overwrite to start anew")
-    if config["crop"] is not None:
-        copy_finder(Path(config["args"]["crop_dir"]), run_dir / FINDER)
     if not path.exists():
         write_json(path, config)
+    if config["crop"] is not None:  # after config.json: stopped in between it is a run, and goes on
+        copy_finder(Path(config["args"]["crop_dir"]), run_dir / FINDER)
     return [k for k in folds if k not in done]
 
 
@@ -158,8 +157,8 @@ def copy_finder(crop_dir: Path, finder: Path) -> None:
     check_hashes(crop_dir, networks, "run crop.py again")
     for name in (*networks, "crop.json"):
         if not (finder / name).exists():
-            shutil.copyfile(crop_dir / name, finder / f"{name}.tmp")
-            os.replace(finder / f"{name}.tmp", finder / name)
+            with atomic(finder / name) as temporary:  # calls for other folds may do the same
+                shutil.copyfile(crop_dir / name, temporary)
 
 
 def write_fold(run_dir: Path, k: int, facts: dict, oof: pd.DataFrame, test: pd.DataFrame | None) -> None:
