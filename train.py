@@ -15,7 +15,6 @@ folds of its own if their number allows, otherwise all train each fold together,
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import time
@@ -141,7 +140,7 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
         if team.leads:
             if improved:
                 models.save_checkpoint(best_path, scored, spec, epoch=epoch, **about)
-            save_progress(last_path, parts, progress, args.tensorboard)
+            save_progress(last_path, parts, progress)
         if team.mean(time.monotonic() > deadline) > 0:
             raise Stopped(f"--max_hours {args.max_hours:g} are over after {where}; the same with --resume goes on")
 
@@ -175,19 +174,13 @@ def check_finite(losses: list[torch.Tensor], batches: list | None, run_dir: Path
         raise InputError(f"{where}: the loss is {losses[0].item()}, see {path}; pass a lower --lr or --clip_grad")
 
 
-def save_progress(path: Path, parts: dict, progress: Progress, tensorboard: bool) -> None:
-    """Save all that training needs to go on, and the log of the epochs, for TensorBoard as well if asked to."""
+def save_progress(path: Path, parts: dict, progress: Progress) -> None:
+    """Save all that training needs to go on, and the log of the epochs."""
     write_table(path.with_name(path.name.replace("_last.pt", "_log.csv")), pd.DataFrame(progress.log))
     state = {name: part.state_dict() for name, part in parts.items() if part is not None}
     models.save_plain(path, state=state, progress=asdict(progress))
     tqdm.write("fold {fold} epoch {epoch:2d}: train loss {train_loss:.4f}, held-out loss {valid_loss:.4f}, "
                "AUC {valid_auc:.4f}, {images_per_second:.0f} images/s".format(**progress.log[-1]))  # fmt: skip
-    if tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-
-        with SummaryWriter(path.with_name("tensorboard") / path.stem, purge_step=progress.epochs) as board:
-            for name, value in progress.log[-1].items():
-                board.add_scalar(name, value, progress.epochs)
 
 
 def load_progress(path: Path, parts: dict) -> Progress:
@@ -236,8 +229,6 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     args.name, args.fsg = args.name or args.model, args.fsg or recipe.gated
     if args.guide is not None and not hasattr(recipe.network, "attention"):
         raise InputError(f"--guide is for networks with an attention such as chipnet; leave it out for {args.model}")
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard needs a package; pip install tensorboard, or leave it out")
     for key, default in GATE_DEFAULTS.items():
         if getattr(args, key) is not None and not args.fsg:
             raise InputError(f"--{key} is for gates; {args.model} has some with --fsg")
@@ -344,7 +335,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     modes = ("default", "reduce-overhead", "max-autotune")
     run("--compile", nargs="?", const="default", choices=modes, help="torch.compile [default]; others use CUDA graphs")
     run("--deterministic", action="store_true", help="the same numbers in every run on a GPU too; may be slower")
-    run("--tensorboard", action="store_true", help="also log to RUN/tensorboard (pip install tensorboard)")
     run("--max_hours", type=positive, help="stop after the epoch in which so many hours are over")
     run("--resume", action="store_true", help="go on with an interrupted run")
     run("--overwrite", action="store_true", help="start the run anew, all its folds")

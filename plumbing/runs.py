@@ -19,7 +19,7 @@ from util import FOLD, ID, PROB, InputError
 
 FINDER = "finder"  # folder in a run on crops: all that finds the boxes of new images
 # arguments that may differ between two calls that train folds of one run; inputs are compared by their hashes
-FREE_ARGUMENTS = {"fold", "device", "workers", "resume", "overwrite", "max_hours", "tensorboard", "data_dir",
+FREE_ARGUMENTS = {"fold", "device", "workers", "resume", "overwrite", "max_hours", "data_dir",
                   "crop_dir", "guide", "weights", "runs_dir"}  # fmt: skip
 
 
