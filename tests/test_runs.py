@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 import models
 from plumbing.data import read_data
 from plumbing.files import read_json, write_json
+from plumbing.guards import check_unseen
 from util import InputError, Stopped
 
 TABLES = ("oof.csv", "test_predictions.csv", "submission.csv")
@@ -180,6 +181,14 @@ def test_time_is_up(data_dir, tmp_path):
 
 
 # ---------------------------------------------------------------- who has seen what
+def test_the_one_rule():
+    for trained_on in (None, {"folds_sha256": "x", "fold": 1}):
+        check_unseen("it", trained_on, "x", 1)
+    for fold, folds in ((0, "x"), (1, "y"), (None, "x")):
+        with pytest.raises(InputError, match="it comes from.*fold 1"):
+            check_unseen("it", {"folds_sha256": folds, "fold": fold}, "x", 1)
+
+
 def test_starting_weights_that_saw_the_held_out_images_are_refused(data_dir, runs_dir, tmp_path):
     own, foreign = tmp_path / "pre.pt", shutil.copytree(runs_dir / "resnet", tmp_path / "foreign")
     shutil.copy(runs_dir / "resnet" / "fold0_best.pt", own)  # whatever its name
@@ -235,6 +244,7 @@ def test_runs_made_with_relative_paths_predict_from_anywhere_without_the_data(da
     (tmp_path / "far" / "away").mkdir(parents=True)
     shutil.move(tour / "runs", kept)
     monkeypatch.chdir(tmp_path / "far" / "away")
+    call("audit", kept / "ensemble", "--device", "cpu")  # which reads the data
     shutil.rmtree(tour)
     for run in ("cropnet", "ensemble"):
         assert predict(kept / run, source, tmp_path / f"{run}2") == before[run == "ensemble"]

@@ -171,9 +171,8 @@ def test_diverging_training_stops_and_keeps_the_batch(data_dir, tmp_path):
 
 
 def test_predictions_that_are_no_numbers_never_become_the_best_epoch(data_dir, tmp_path, monkeypatch):
-    real, nan = models.MetaResNet.forward, float("nan")
-    broken = lambda self, *x: real(self, *x) * (1 if self.training else np.nan)  # noqa: E731
-    monkeypatch.setattr(models.MetaResNet, "forward", broken)
+    real, factor = models.MetaResNet.forward, {True: 1, False: np.nan}
+    monkeypatch.setattr(models.MetaResNet, "forward", lambda self, *x: real(self, *x) * factor[self.training])
     with pytest.raises(InputError, match="not a number"):
         fit(data_dir, tmp_path, "--fold", 0)
     assert [path.name for path in (tmp_path / "resnet").iterdir()] == ["config.json"]
