@@ -3,6 +3,7 @@
 import os
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start: threads of several processes slow each other
 
 import hashlib
 import subprocess
