@@ -103,7 +103,7 @@ def test_the_average_is_scored_and_kept(data_dir, tmp_path):
     last, average, oof = state_of(run), state_of(run, "average"), pd.read_csv(run / "oof.csv")
     assert all(torch.equal(value, average[f"module.{key}"]) for key, value in best.items())
     assert not torch.equal(best["head.1.weight"], last["head.1.weight"])
-    loss = losses.loss_of_prob("focal", oof["prob"].to_numpy(copy=True), oof["target"].to_numpy())
+    loss = losses.loss_of_prob("focal", *(oof[name].to_numpy(copy=True) for name in ("prob", "target")))
     assert pd.read_csv(run / "log.csv")["valid_loss"][0] == pytest.approx(loss, rel=1e-5)
 
 
