@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import dataset
 import models
@@ -28,13 +29,13 @@ SAMPLE = 16  # held-out rows of each fold that are predicted again
 TOLERANCE = 1e-3  # of probabilities: batches of another size round otherwise
 
 
-def check_data(run: Run, data: Data, device: str) -> tuple[bool, str]:
+def check_data(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
     """The folds are those of the run, and the arrays are as hashed."""
     check_hashes(data.directory, data.facts["sha256"], "preprocess and train again")
     return run.config["inputs"]["folds"] == data.folds_sha256, f"folds and {len(data.facts['sha256'])} files as hashed"
 
 
-def check_scores(run: Run, data: Data, device: str) -> tuple[bool, str]:
+def check_scores(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
     """oof.csv has every held-out row of the finished folds once, and all scores follow from it."""
     oof, expected = run.table("oof.csv"), data.train[data.train[FOLD].isin(run.folds)]
     known = oof[ID].is_unique and len(oof.merge(expected[[ID, FOLD, TARGET]], on=[ID, FOLD, TARGET])) == len(oof)
@@ -46,32 +47,32 @@ def check_scores(run: Run, data: Data, device: str) -> tuple[bool, str]:
     return known and complete and same, f"{len(oof)} held-out rows, ranked AUC {again['ranked']['auc']:.4f}"
 
 
-def check_networks(run: Run, data: Data, device: str) -> tuple[bool, str]:
+def check_networks(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
     """A sample of every fold's held-out rows is predicted as in oof.csv; encoders are fitted to training rows alone."""
     if run.is_blend:
         return True, f"{len(run.members())} members as blended"
     args, oof, worst, fitted = argparse.Namespace(**run.config["args"]), run.table("oof.csv"), 0.0, True
     args.crop_dir, args.guide = args.crop_dir and Path(args.crop_dir), None
     for k in run.folds:
-        model, content = models.load_checkpoint(run.checkpoint(k), pick_device(device))
+        model, content = models.load_checkpoint(run.checkpoint(k), device)
         images, encoder = dataset.make_images(data, k, args, models.MODELS[args.model])
         fitted &= encoder.columns == content["encoder"]
         valid, expected = images["valid"], oof[oof[FOLD] == k].set_index(ID)[PROB]
         some = np.linspace(0, len(valid) - 1, min(SAMPLE, len(valid))).astype(int)
         loader = dataset.eval_loader(valid, some, args.batch_size, workers=0)
-        prob = models.predict(model, loader, pick_device(device), args.tta, args.amp)
+        prob = models.predict(model, loader, device, args.tta, args.amp)
         worst = max(worst, np.abs(prob - expected[data.train[ID].to_numpy()[valid.rows[some]]]).max())
     return fitted and worst < TOLERANCE, f"up to {SAMPLE} rows of each fold predicted again, at most {worst:.1e} away"
 
 
 def main(args: argparse.Namespace) -> None:
     """Print the checks of the runs and of their members; raises InputError if one fails."""
-    runs, wrong = [read_run(path) for path in args.runs], []
+    runs, wrong, device = [read_run(path) for path in args.runs], [], pick_device(args.device)
     for run in runs:  # grows by the members of blends
         data = read_data(args.data_dir or Path(run.config["args"]["data_dir"]))
         for check in (check_data, check_scores, check_networks):
             try:
-                good, text = check(run, data, args.device)
+                good, text = check(run, data, device)
             except (InputError, OSError, KeyError) as error:
                 good, text = False, f"{error}"
             print(f"{'ok   ' if good else 'WRONG'} {run.name}, {check.__name__[6:]}: {text}")

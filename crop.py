@@ -20,8 +20,6 @@ Every file is decoded once, for all its crops. A stopped run goes on where it wa
 """
 
 import argparse
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,7 +36,7 @@ from plumbing.arrays import Filling, PartialArray, Rows, array_path, open_array
 from plumbing.data import CORNERS, Data, numbers, read_data, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
-from plumbing.files import finish_output, open_output, provenance, sha256, write_table
+from plumbing.files import copy, finish_output, open_output, provenance, sha256, write_table
 from plumbing.guards import check_unseen, fold_weights
 from plumbing.images import ImageIndex, centre_square, configure_pillow, name_key, read_crops
 from plumbing.runs import read_run
@@ -243,8 +241,7 @@ def main(args: argparse.Namespace) -> Path:
 
     # what finds the boxes stays beside the crops, so that runs on them can find boxes in new images
     for k, path in found.items():
-        shutil.copyfile(path, folder / f"fold{k}_network.pt.tmp")
-        os.replace(folder / f"fold{k}_network.pt.tmp", folder / f"fold{k}_network.pt")
+        copy(path, folder / f"fold{k}_network.pt")
     networks = dict(trained)
     if source and source.saliency:
         if args.overwrite or not (folder / "saliency.pt").exists():

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from plumbing.arrays import Rows, array_path, open_array
 from plumbing.data import Data, MetaEncoder, meta_columns, with_boxes
 from plumbing.distributed import Team
+from plumbing.files import read_json
 from tasks import pick_rows
 from util import FOLD, PLACE, TARGET
 
@@ -252,7 +253,8 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
         if crop_dir is not None:
             pictures["crop"] = Stored(array_path(crop_dir, split, data.size), n_rows)
         if part == "train" and crop_dir is not None and args.jitter:
-            wide = Stored(next(iter(crop_dir.glob("train_wide_*.npy"))), n_rows)
+            wide_size = read_json(crop_dir / "crop.json")["wide_size"]
+            wide = Stored(array_path(crop_dir, "train_wide", wide_size), n_rows)
             pictures["crop"] = Jittered(wide, pictures["whole"], table[list(PLACE)].to_numpy(), data.size)
         # a network for whole images that is given --crop_dir looks at the crops instead
         seen = ("crop",) if crop_dir is not None and len(recipe.inputs) == 1 else recipe.inputs

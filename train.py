@@ -273,7 +273,7 @@ def main(args: argparse.Namespace) -> Path:
         raise InputError(f"--routing {args.routing} takes one process per fold; start one for each fold, or one")
     for k in folds:
         train_fold(k, args, data, run_dir, together, deadline)
-        if together.leads:
+        if together.leads and k != folds[-1]:  # the last one is collected below
             runs.collect(run_dir, data)
     team.leave()
     if team.leads:

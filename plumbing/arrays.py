@@ -100,12 +100,11 @@ class PartialArray:
         self._file.close()
         view = self.view()
         if len(rows) < len(view):
-            kept = self.path.with_name(f"{self.path.name}.tmp")
-            copy = np.lib.format.open_memmap(kept, "w+", view.dtype, (len(rows), *view.shape[1:]))
-            for new, old in enumerate(rows):
-                copy[new] = view[old]
-            copy.flush()
-            os.replace(kept, self.part)
+            with atomic(self.part) as kept:
+                copy = np.lib.format.open_memmap(kept, "w+", view.dtype, (len(rows), *view.shape[1:]))
+                for new, old in enumerate(rows):
+                    copy[new] = view[old]
+                copy.flush()
         os.replace(self.part, self.path)
 
 

@@ -48,8 +48,8 @@ class Team:
 
     def leave(self) -> None:
         """Wait for the others and part."""
+        self.wait()
         if self.size > 1:
-            distributed.barrier()
             distributed.destroy_process_group()
 
     @property

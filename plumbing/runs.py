@@ -12,7 +12,7 @@ import pandas as pd
 
 from plumbing.data import Data
 from plumbing.figures import plot_curves, plot_roc
-from plumbing.files import atomic, check_hashes, read_csv, read_json, remove, sha256, write_json, write_table
+from plumbing.files import check_hashes, copy, read_csv, read_json, remove, sha256, write_json, write_table
 from plumbing.images import name_key
 from tasks import score_folds
 from util import FOLD, ID, PROB, InputError
@@ -157,8 +157,7 @@ def copy_finder(crop_dir: Path, finder: Path) -> None:
     check_hashes(crop_dir, networks, "run crop.py again")
     for name in (*networks, "crop.json"):
         if not (finder / name).exists():
-            with atomic(finder / name) as temporary:  # calls for other folds may do the same
-                shutil.copyfile(crop_dir / name, temporary)
+            copy(crop_dir / name, finder / name)  # calls for other folds may do the same
 
 
 def write_fold(run_dir: Path, k: int, facts: dict, oof: pd.DataFrame, test: pd.DataFrame | None) -> None:
