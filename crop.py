@@ -110,11 +110,7 @@ class Cropper:
         if split == "train":
             self.sizes["train_wide"] = round(WIDE * data.size)
         image_dirs = args.image_dir or [Path(folder) for folder in data.facts["image_dirs"][split]]
-        index = ImageIndex(*image_dirs)
-        self.paths = [index.find(name) for name in self.table[ID]]
-        if None in self.paths:
-            name, where = self.table[ID].iloc[self.paths.index(None)], ", ".join(map(str, image_dirs))
-            raise InputError(f"{where} has no image named {name!r}; check --image_dir")
+        self.paths = ImageIndex(*image_dirs).find_all(self.table[ID].tolist())
         self.originals = list(self.table[["width", "height"]].itertuples(index=False, name=None))
         self.boxes: list[Box | None] = [None] * len(self.table)
         if args.source == "boxes":

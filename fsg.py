@@ -268,8 +268,6 @@ def gate_contributions(model: nn.Module, run: Callable[[], object]) -> dict[str,
 def prune_gates(model: nn.Module, share: float, scores: dict[str, torch.Tensor] | None = None) -> nn.Module:
     """Close the `share` (0 to 1) of all gates with the lowest scores for good; returns the model.
     scores: {branch name: (C,)}, for example gate_contributions; None takes the gates' values."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"share {share} does not lie in 0 to 1")
     scores, modules = scores or gate_values(model), gated_modules(model)
     score = torch.cat([scores[name] for name in modules])
     closed = score.argsort(stable=True).argsort() < round(share * len(score))  # by rank: gates may be equal
@@ -365,10 +363,9 @@ class GradientRouting:
         clip: float | None = None,
         gate_clip: float | None = None,
     ):
-        if mode not in MODES:
-            raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
-        if (gate_optimizer is None) != (mode == "off"):
-            raise ValueError(f"mode {mode!r} and gate_optimizer {gate_optimizer} contradict")
+        if mode not in MODES or (gate_optimizer is None) != (mode == "off"):
+            raise ValueError(f"mode {mode!r}, gate_optimizer {gate_optimizer}: take one of {', '.join(MODES)}, and a "
+                             "gate_optimizer unless it is off")  # fmt: skip
         self.model, self.mode, self.optimizer, self.gate_optimizer = model, mode, optimizer, gate_optimizer
         self.optimizers = [o for o in (optimizer, gate_optimizer) if o is not None]
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)

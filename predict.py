@@ -16,6 +16,7 @@ from argparse import BooleanOptionalAction
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from plumbing.data import CORNERS, MetaEncoder, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
 from plumbing.files import finish_output, open_output, provenance, sha256, write_table
-from plumbing.images import ImageIndex, configure_pillow, name_key, read_crops, read_image, read_square
+from plumbing.images import ImageIndex, configure_pillow, name_key, read_crops, read_image, read_square_or_skip
 from plumbing.runs import FINDER, Run, read_run
 from util import BOX_SIDE, FOLD, ID, PROB, InputError
 
@@ -188,17 +189,7 @@ def read_meta(args: argparse.Namespace, names: list[str], needed: set[str]) -> p
 
 def read_chunks(paths: dict[str, Path], table: pd.DataFrame, size: int, exact: bool, on_error: str) -> Iterator[Images]:
     """Read the images in chunks; a bad one is an error or, with "skip", left out."""
-
-    def read(path: Path):
-        try:
-            return read_square(path, size, exact)
-        except InputError as error:
-            if on_error == "fail":
-                raise InputError(f"{error}, or pass --on_error skip") from None
-            tqdm.write(f"skipped {error}")
-            return None
-
-    files = list(paths.values())
+    files, read = list(paths.values()), partial(read_square_or_skip, size=size, exact=exact, on_error=on_error)
     for start in range(0, len(files), CHUNK):
         with ThreadPoolExecutor(util.CPUS) as pool:
             found = list(pool.map(read, files[start : start + CHUNK]))

@@ -25,7 +25,7 @@ import util
 from plumbing.arrays import Filling, PartialArray, array_path
 from plumbing.data import check_groups, folds_sha256, groups_of, read_table
 from plumbing.files import finish_output, open_output, provenance, read_csv, sha256, write_table
-from plumbing.images import ImageIndex, configure_pillow, name_key, read_square
+from plumbing.images import ImageIndex, configure_pillow, name_key, read_square_or_skip
 from tasks import read_target
 from util import EXTERNAL, FOLD, ID, OWN_COLUMNS, TARGET, InputError
 
@@ -128,14 +128,8 @@ def locate(tables: dict, image_dirs: dict[str, list], skip: bool) -> dict[str, l
     indexes = {dirs: ImageIndex(*dirs) for dirs in {tuple(dirs) for dirs in image_dirs.values()}}
     paths, seen = {}, {}
     for split, dirs in image_dirs.items():
-        names, where = tables[split][ID].tolist(), ", ".join(map(str, dirs))
-        paths[split] = [indexes[tuple(dirs)].find(name) for name in names]
-        missing = [name for name, path in zip(names, paths[split], strict=True) if path is None]
-        if missing and not skip:
-            count = f"{len(missing)} of {len(names)} are missing"
-            raise InputError(f"{where} has no image {missing[0]!r} ({count}); check --image_dir, or --on_error skip")
-        for name in missing:
-            tqdm.write(f"skipped {name}: no such image in {where}")
+        names = tables[split][ID].tolist()
+        paths[split] = indexes[tuple(dirs)].find_all(names, skip)
         for name, path in zip(names, paths[split], strict=True):
             if path is not None and seen.setdefault(path.resolve(), (split, name)) != (split, name):
                 raise InputError(f"{seen[path.resolve()]} and {(split, name)} are one image, {path}; remove a row")
@@ -149,15 +143,11 @@ def fill_array(table: pd.DataFrame, paths: list, path: Path, args) -> tuple[Part
     filling = Filling(path.with_name(f"{path.stem}_sizes.npy"), [array], len(table), facts=2)
 
     def work(row: int, _) -> tuple[int, int]:
-        try:
-            square, size = read_square(paths[row], args.size, args.exact)
-        except InputError as error:
-            if args.on_error == "fail":
-                raise InputError(f"{error}, or pass --on_error skip") from None
-            tqdm.write(f"skipped {table[ID].iloc[row]}: {error}")
+        read = read_square_or_skip(paths[row], args.size, args.exact, args.on_error)
+        if read is None:
             return 0, 0
-        array.write(row, square)
-        return size
+        array.write(row, read[0])
+        return read[1]
 
     found = np.array([row for row, path in enumerate(paths) if path is not None], dtype=int)
     with tqdm(total=len(found), desc=path.name, unit="image") as bar:

@@ -23,8 +23,8 @@ def read_table(path: Path, columns=(), id_col: str = ID, text: tuple[str, ...] =
     """Read a csv with one image per row; `id_col` is called image_name from here on. Image names and the columns in
     `text` stay text. Raises InputError naming the file and the column or row at fault."""
     table = read_csv(path, [id_col, *columns], text=(id_col, *text))
-    if id_col != ID and ID in table:
-        raise InputError(f"{path} has both {id_col!r} and {ID!r}; rename the second")
+    if id_col != ID:
+        table = table.drop(columns=ID, errors="ignore")
     bad = table[id_col].isna() | table[id_col].map(name_key).duplicated()
     if bad.any():
         line = int(np.flatnonzero(bad)[0])

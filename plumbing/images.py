@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from util import CPUS, InputError
 
@@ -46,6 +47,17 @@ class ImageIndex:
         if len(found) > 1:
             raise InputError(f"{found[0]} and {found[1]} are both named {name}; name the folder as well, or remove one")
         return found[0] if found else None
+
+    def find_all(self, names: list[str], skip: bool = False) -> list[Path | None]:
+        """Files of those names; one that is missing is an InputError, or if `skip` is said and None."""
+        found, where = [self.find(name) for name in names], ", ".join(map(str, self.folders))
+        missing = [name for name, path in zip(names, found, strict=True) if path is None]
+        if missing and not skip:
+            count = f"{len(missing)} of {len(names)} are missing"
+            raise InputError(f"{where} has no image {missing[0]!r} ({count}); check --image_dir")
+        for name in missing:
+            tqdm.write(f"skipped {name}: no such image in {where}")
+        return found
 
     def paths(self) -> list[Path]:
         """All images."""
@@ -96,6 +108,17 @@ def read_square(path: Path, size: int, exact: bool = False) -> tuple[np.ndarray,
     decoded at a scale that keeps twice the pixels needed."""
     image, original_size = read_image(path, None if exact else 2 * size)
     return cut(image, centre_square(*original_size), size, original_size), original_size
+
+
+def read_square_or_skip(path: Path, size: int, exact: bool, on_error: str) -> tuple | None:
+    """What read_square returns; a bad image is an InputError, or if on_error is "skip" said and None."""
+    try:
+        return read_square(path, size, exact)
+    except InputError as error:
+        if on_error == "fail":
+            raise InputError(f"{error}, or pass --on_error skip") from None
+        tqdm.write(f"skipped {error}")
+        return None
 
 
 def read_crops(path: Path, boxes: list[tuple], sizes: list[int], original_size: tuple[int, int]) -> list[np.ndarray]:

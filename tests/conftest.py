@@ -5,10 +5,10 @@ import os
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start: threads of several processes slow each other
 
-import hashlib
-import subprocess
-import sys
+import functools
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -16,6 +16,9 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import dataset
+from plumbing.files import read_json, sha256, write_json
 
 ROOT = Path(__file__).parent.parent
 SMALL_MODEL = [
@@ -74,16 +77,39 @@ def call(script: str, *args, cwd: Path | None = None) -> Path:
     return module.main(parser.parse_args([str(arg) for arg in args]))
 
 
-def shell(script: str, *args, cwd: Path) -> subprocess.CompletedProcess:
-    """Run a script as a user would."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *[str(arg) for arg in args]]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
 def hashes(folder: Path) -> dict[str, str]:
     """Content hash of every file of a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return {str(path): sha256(path) for path in folder.rglob("*") if path.is_file()}
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A table; image names are text."""
+    return pd.read_csv(path, dtype={"image_name": str})
+
+
+def change(path: Path, edit) -> None:
+    """Edit a JSON file or a checkpoint in place."""
+    load, save = (read_json, write_json) if path.suffix == ".json" else (torch.load, lambda p, c: torch.save(c, p))
+    content = load(path)
+    edit(content)
+    save(path, content)
+
+
+def rewrite(table: Path, edit, facts: str = "metrics.json") -> None:
+    """Change a table as if it had been written so, with its hash in the JSON file beside it."""
+    edit(read(table)).to_csv(table, index=False)
+    change(table.with_name(facts), lambda content: content["sha256"].update({table.name: sha256(table)}))
+
+
+@functools.cache
+def hair_bank(size: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [dataset.DrawHair(size)._draw(rng) for _ in range(64)]
+
+
+def quick_hair():
+    """Draws the same hair once for all trainings, of which it takes most of the time otherwise."""
+    return mock.patch.object(dataset.DrawHair, "bank", property(lambda hair: hair_bank(hair.size)))
 
 
 @pytest.fixture(scope="session")
@@ -105,11 +131,18 @@ def runs_dir(data_dir, tmp_path_factory) -> Path:
     """Trained runs: resnet, chipnet, crops of it, cropnet, a mean and a learned blend."""
     runs = tmp_path_factory.mktemp("runs")
     where = ["--data_dir", data_dir, "--runs_dir", runs]
-    for model in ("resnet", "chipnet"):
-        call("train", "--model", model, *where, *SMALL_MODEL)
-    call("crop", "--run", runs / "chipnet", "--data_dir", data_dir, "--device", "cpu", "--backbone", "regnet_tiny",
-         "--weights", "none")  # fmt: skip
-    call("train", "--model", "cropnet", *where, *SMALL_MODEL)
+    with quick_hair():
+        for model in ("resnet", "chipnet"):
+            call("train", "--model", model, *where, *SMALL_MODEL)
+        call("crop", "--run", runs / "chipnet", "--data_dir", data_dir, "--device", "cpu", "--backbone", "regnet_tiny",
+             "--weights", "none")  # fmt: skip
+        call("train", "--model", "cropnet", *where, *SMALL_MODEL)
     call("ensemble", "mean", "--runs_dir", runs, "--name", "mean")
     call("ensemble", "weights", "--runs_dir", runs)
     return runs
+
+
+@pytest.fixture
+def runs(runs_dir, tmp_path) -> Path:
+    """A copy of all runs, to spoil."""
+    return shutil.copytree(runs_dir, tmp_path / "runs")

@@ -16,7 +16,7 @@ from conftest import SMALL_MODEL, hashes
 from PIL import Image
 
 from plumbing import arrays
-from util import OWN_COLUMNS, run_script
+from util import run_script
 
 COMMANDS = {
     "preprocess": "--train_csv source/train.csv --output_dir out --size 32 --n_folds 2",
@@ -110,7 +110,7 @@ PIXELS, GIF, TENSOR = np.zeros((24, 64, 64, 3), np.uint8), np.zeros((9, 9), np.u
 # by kind: script, file, what becomes of it, further words, what the line says besides the file's name
 FILES = {
     "missing": [
-        ("preprocess", TRAIN, None), ("preprocess", IMAGE, None, "", "0003' .*--on_error skip"), ("train", FACTS, None),
+        ("preprocess", TRAIN, None), ("preprocess", IMAGE, None, "", "'0003'"), ("train", FACTS, None),
         ("preprocess", "source/images", None), ("train", ARRAY, None), ("train", "data/test.csv", None),
         ("train", f"{CROPS}/train_64.npy", None, CROPNET), ("crop", CHIPNET, None), ("predict", BEST, None),
         ("crop", f"{CHIPNET}/fold1_best.pt", None), ("ensemble", f"{RESNET}/oof.csv", None), ("predict", FINDER, None),
@@ -120,15 +120,14 @@ FILES = {
     "cut off": [
         ("preprocess", TRAIN, 300, "", "target of 0008 is 'nan'"), ("preprocess", IMAGE, 900), ("train", FACTS, 100),
         ("train", ARRAY, 5000), ("train", LAST, 5000, RESUME), ("crop", f"{CHIPNET}/fold1_best.pt", 5000),
-        ("ensemble", f"{RESNET}/metrics.json", 100), ("predict", BEST, 5000),
+        ("predict", BEST, 5000),
     ],
     "foreign": [
         ("preprocess", TRAIN, ""), ("preprocess", TRAIN, "image_name,target,patient_id\n", "", "rows"),
         ("preprocess", TRAIN, Path(IMAGE), "", "UTF-8"), ("preprocess", TRAIN, "Mü".encode("cp1252"), "", "UTF-8"),
-        ("preprocess", TRAIN, 'image_name,target\n"0003,1\n'), ("preprocess", TRAIN, "image_name,target\n0001,1,2\n"),
-        ("preprocess", IMAGE, "a picture"), ("preprocess", IMAGE, GIF, "", "convert"), ("train", FACTS, "[" * 100_000),
-        ("train", FACTS, "[1]"), ("train", ARRAY, ""), ("train", "mine.pt", {"a": 1}, WEIGHTS),
-        ("train", LAST, {"a": TENSOR}, RESUME), ("crop", f"{CHIPNET}/fold1_best.pt", [1]),
+        ("preprocess", TRAIN, "image_name,target\n0001,1,2\n"), ("preprocess", IMAGE, "a picture"),
+        ("preprocess", IMAGE, GIF, "", "convert"), ("train", LAST, {"a": TENSOR}, RESUME),
+        ("train", "mine.pt", {"a": 1}, WEIGHTS), ("crop", f"{CHIPNET}/fold1_best.pt", [1]),
     ],
     "run by pickle": [
         ("train", "mine.pt", {"format": 2, "spec": Hostile()}, WEIGHTS), ("train", "mine.pt", PICKLE, WEIGHTS),
@@ -160,9 +159,8 @@ FILES = {
     "ambiguous": [
         *(("preprocess", TRAIN, cell("image_name", name), "", "line [56]:.*; ") for name in ("0004", "0004.jpg", "")),
         ("preprocess", "source/images/0003.png", GIF),
-        ("preprocess", TRAIN, lambda t: t.assign(file=t["image_name"]), "--image_col file", "'file' and 'image_name'"),
         ("preprocess", TRAIN, lambda t: t.drop(columns="patient_id"), "", "'patient_id'.*--group_col none"),
-        *(("preprocess", TRAIN, lambda t, c=name: t.assign(**{c: 1000}), "", f"'{name}'") for name in OWN_COLUMNS),
+        ("preprocess", TRAIN, lambda t: t.assign(fold=1), "", "'fold'"),
         ("crop", "mine.csv", boxes(1, 1, 9, 9, name="0000"), BOXED, "'0000'"),
         ("predict", "mine.csv", "image_name\n0024\n0024.jpg\n", "--csv mine.csv", "'0024.jpg'"),
     ],
@@ -174,8 +172,10 @@ FILES = {
         ("train", f"{CROPS}/train_boxes.csv", lambda t: t[::-1], CROPNET), ("train", "mine.pt", {"a": TENSOR}, WEIGHTS),
         ("crop", IMAGE, PIXELS[0, :50, :60], "--image_dir source/images", "60 x 50"),
         ("crop", "mine.csv", "image_name,x0,y0,x1,y1\na,1,1,9,9\n", BOXED),
-        *(("crop", "mine.csv", boxes(40, 10, *corner), BOXED, "box of 0003") for corner in ((10, 40), (90, 900))),
+        *(("crop", "mine.csv", boxes(*corners), BOXED, "box of 0003")
+          for corners in ((40, 10, 10, 40), (40, 10, 90, 900), (-3, 0, 20, 20))),
         ("ensemble", f"{RESNET}/config.json", change(inputs={"folds": "0"}), "", "resnet.*--data_dir"),
+        ("crop", f"{CHIPNET}/config.json", change(crop={}), "", "chipnet.*whole images"),  # it looks at crops
         ("predict", "mine.csv", "image_name\na\n", "--csv mine.csv", "0024"),
     ],
     "changed since": [
@@ -189,12 +189,12 @@ FILES = {
 # by script: words of which the line names the last
 WORDS = {
     "preprocess": ["--n_folds 1", "--output_dir data", "--output_dir source", "--output_dir source/images", "--size 0"],
-    "train": ["--lr inf", "--fold 9", "--fold x", "--backbone resnet51", "--device tpu", "--meta_cols weight",
+    "train": ["--lr inf", "--dropout 1.5", "--fold 9", "--backbone resnet51", "--device tpu", "--meta_cols weight",
               WEIGHTS, "--model cropnet --crop_dir mine", "--runs_dir . --name data", "--runs_dir runs --name resnet",
               "--data_dir mine", f"--guide {CROPS} --model resnet"],
     "crop": ["--num_devs nan", "--run runs/resnet", "--run runs/cropnet", "--run runs/mean", BOXED, "--source boxes",
-             "--source attention*saliency --output_dir data/crops"],
-    "ensemble": ["--weights resnet=nan", "--weights other=1", "--runs mean mean", "--name mean", "--name cropnet"],
+             "--source gradcam", "--source attention*saliency --output_dir data/crops"],
+    "ensemble": ["--weights resnet=nan", "--runs mean mean", "--name mean", "--overwrite --name cropnet"],
     "predict": ["--output source/images", "--csv mine.csv", "--run runs/none"], "audit": ["runs/none"],
 }  # fmt: skip
 
@@ -236,13 +236,18 @@ def test_full_disk_is_one_line(place, monkeypatch, capsys, script):
     check_refusal(place, monkeypatch, capsys, script, "", r"train_\d+\.npy.*; make room")
 
 
+def test_a_call_out_of_time_is_one_line(place, monkeypatch, capsys):
+    status, (line,) = run(monkeypatch, capsys, "train", "--max_hours 0")
+    assert (status, "--resume" in line) == (3, True)
+
+
 # ---------------------------------------------------------------- what looks odd and is valid
 @pytest.mark.parametrize(
     ("script", "path", "content", "more"),
     [
         ("preprocess", TRAIN, lambda t: t.rename(columns={"image_name": "\ufeffimage_name"}), "--limit 22"),
-        ("preprocess", IMAGE, PIXELS[0, :1, :1], "--output_dir my,(2)"), ("preprocess", IMAGE, PIXELS[0, :1], ""),
-        ("preprocess", IMAGE, "text", "--on_error skip"), ("crop", "mine.csv", boxes("", "", "", ""), BOXED),
+        ("preprocess", IMAGE, PIXELS[0, :1, :1], "--output_dir my,(2)"), ("crop", "mine.csv", boxes(*4 * [""]), BOXED),
+        ("preprocess", IMAGE, PIXELS[0, :1], "--output_dir data --overwrite"),
         ("ensemble", "runs/mean/roc.png", "x", "--runs mean cropnet"), ("audit", "runs/resnet/roc.png", "x", ""),
         ("predict", "mine.csv", "image_name,sex\n0024,male\nx,\n", "--csv mine.csv"),
     ],

@@ -51,7 +51,9 @@ def test_imports_point_downwards_and_no_script_is_imported():
         assert {other.split(".")[0] for other in others} <= set(ALLOWED.get(name.split(".")[0], ALLOWED)), name
     assert {"plumbing.files", "plumbing.arrays"} <= GRAPH["crop"]  # the graph sees into the package
     TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names the circle
-    assert {name for name in TREES for found in imported(TREES[name]) if "albumentations" in str(found)} == {"dataset"}
+    roots = {name: {word.split(".")[0] for found in imported(tree) for word in found} for name, tree in TREES.items()}
+    assert [name for name, found in roots.items() if "albumentations" in found] == ["dataset"]
+    assert not set().union(*roots.values()) & {"fcntl", "grp", "pwd", "resource", "termios"}  # which Windows lacks
 
 
 STATE = """
@@ -97,16 +99,6 @@ def test_help_and_typos(name, capsys):
             parser.parse_args(words)
         assert stop.value.code == status
     assert "usage:" in capsys.readouterr().out
-
-
-def test_values_out_of_range(capsys):
-    for line in ("train --model resnet --lr -1", "train --model resnet --dropout 1.5", "preprocess --n_folds 1",
-                 "train --model resnet --workers two", "crop --views 3", "ensemble median"):  # fmt: skip
-        name, *words = line.split()
-        with pytest.raises(SystemExit) as stop:
-            importlib.import_module(name).get_args_parser().parse_args(words)
-        assert stop.value.code == 2
-        assert words[-1] in capsys.readouterr().err
 
 
 def commands(text):

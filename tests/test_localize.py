@@ -198,8 +198,6 @@ def test_finder_loads_what_crop_py_used_and_nothing_else(runs_dir):
     each = [finder.maps(images, CPU, [k]) for k in (0, 1)]
     assert np.allclose(finder.maps(images, CPU), np.mean(each, axis=0), atol=1e-6)
     assert not np.allclose(*each, atol=1e-6)
-    with pytest.raises(InputError, match=r"saliency\.pt"):
-        Finder.load(folder, facts | {"networks": facts["networks"] | {"saliency.pt": "0" * 64}}, CPU)
     with pytest.raises(InputError, match="csv"):
         Finder.load(folder, facts | {"source": "boxes"}, CPU)
 
