@@ -26,6 +26,7 @@ SMALL_MODEL = [
     "--lr", "1e-3", "--head_lr", "1e-3", "--epochs", "1", "--batch_size", "8", "--workers", "0",
     "--tta", "2", "--device", "cpu",
 ]  # fmt: skip
+SMALL_CROP = ["--weights", "none", "--backbone", "regnet_tiny", "--device", "cpu"]
 
 # of tests/test_fuzz.py: the same few cases every time, or with --hypothesis-profile long many new
 for name, examples in (("short", 20), ("long", 1000)):
@@ -134,8 +135,7 @@ def runs_dir(data_dir, tmp_path_factory) -> Path:
     with quick_hair():
         for model in ("resnet", "chipnet"):
             call("train", "--model", model, *where, *SMALL_MODEL)
-        call("crop", "--run", runs / "chipnet", "--data_dir", data_dir, "--device", "cpu", "--backbone", "regnet_tiny",
-             "--weights", "none")  # fmt: skip
+        call("crop", "--run", runs / "chipnet", "--data_dir", data_dir, *SMALL_CROP, "--views", 2)
         call("train", "--model", "cropnet", *where, *SMALL_MODEL)
     call("ensemble", "mean", "--runs_dir", runs, "--name", "mean")
     call("ensemble", "weights", "--runs_dir", runs)

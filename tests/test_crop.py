@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import call, change, read
+from conftest import SMALL_CROP, call, change, read
 from PIL import Image
 
 import crop
@@ -19,8 +19,6 @@ from plumbing.files import read_json
 from plumbing.images import read_crops, read_image
 from util import PLACE, InputError
 
-SMALL = ["--backbone", "regnet_tiny", "--weights", "none", "--device", "cpu"]
-
 
 @pytest.fixture
 def make(data_dir, runs_dir, tmp_path):
@@ -28,7 +26,7 @@ def make(data_dir, runs_dir, tmp_path):
 
     def run(*words, output=tmp_path):
         words = [*words, *([] if "--run" in words else ["--run", runs_dir / "chipnet"])]
-        return call("crop", "--data_dir", data_dir, "--output_dir", output, *SMALL, "--views", 1, *words)
+        return call("crop", "--data_dir", data_dir, "--output_dir", output, *SMALL_CROP, "--views", 1, *words)
 
     return run
 
@@ -62,7 +60,7 @@ def test_by_default_crops_lie_where_runs_chipnet_and_saliency_both_look(data_dir
     shutil.copytree(data_dir, tmp_path / "data", ignore=shutil.ignore_patterns("crops"))
     shutil.copytree(runs_dir / "chipnet", tmp_path / "runs" / "chipnet")
     monkeypatch.chdir(tmp_path)
-    crops = call("crop", *SMALL)
+    crops = call("crop", *SMALL_CROP)
     assert crops.resolve() == tmp_path / "data" / "crops" / "chipnet"
     assert read_json(crops / "crop.json")["source"] == "attention*saliency"
     fold, array = read_data(data_dir).train["fold"].to_numpy(), open_array(data_dir / "train_64.npy", 24)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sklearn.model_selection
-from conftest import ROOT, SMALL_MODEL, call, hashes, write_images
+from conftest import ROOT, SMALL_CROP, SMALL_MODEL, call, hashes, write_images
 from PIL import Image
 
 import preprocess
@@ -182,8 +182,7 @@ def test_external_images_are_trained_on_and_never_scored(source, data_dir, tmp_p
     assert data.train[FOLD].tolist() == [*plain.train[FOLD], -1, -1, -1]
     array, alone = open_array(data.array_path("train"), 27), open_array(plain.array_path("train"), 24)
     assert (array == np.concatenate([alone, alone[3:6]])).all()
-    network = ["--data_dir", extra, "--device", "cpu", "--backbone", "regnet_tiny", "--weights", "none"]
-    crops = call("crop", "--source", "saliency", *network)
+    crops = call("crop", "--source", "saliency", "--data_dir", extra, *SMALL_CROP, "--views", 1)
     assert pd.read_csv(crops / "train_boxes.csv")["oof"].tolist() == [1] * 24 + [0] * 3
     fold = call("train", "--model", "cropnet", "--crop_dir", crops, "--data_dir", extra, "--runs_dir", tmp_path,
                 "--fold", 0, *SMALL_MODEL)  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, SMALL_MODEL, call, change, read
+from conftest import ROOT, SMALL_CROP, SMALL_MODEL, call, change, read
 from test_train import fit
 from torch.utils._pytree import tree_flatten
 
@@ -149,7 +149,7 @@ train.util.run_script(train.main, train.get_args_parser())
 
 
 def test_a_signal_or_a_kill_costs_the_epoch_alone(data_dir, tmp_path):
-    words = ["--fold", 0, "--epochs", 5, "--patience", 5, "--ema", "0.9", "--workers", 2, "--batch_size", 4]
+    words = ["--fold", 0, "--epochs", 5, "--patience", 5, "--ema", "0.9", "--workers", 1, "--batch_size", 4]
     straight, runs = fit(data_dir, tmp_path / "a", *words, model="chipnet"), tmp_path / "b"
     command = ["--model", "chipnet", "--data_dir", data_dir, "--runs_dir", runs, *SMALL_MODEL, *words]
     for when, status, more in (
@@ -195,9 +195,9 @@ def test_starting_weights_that_saw_the_held_out_images_are_refused(data_dir, run
     for weights, more, named in ((own, [], "fold 1"), (own, ["--fold", 1], "fold 1"), (foreign, [], "fold 0")):
         with pytest.raises(InputError, match=f"{weights.name}.*{named}"):
             fit(data_dir, tmp_path / "runs", "--weights", weights, *more)
+    words = ["--data_dir", data_dir, "--output_dir", tmp_path / "crops"]
     with pytest.raises(InputError, match="pre.pt.*fold 1"):
-        call("crop", "--source", "saliency", "--backbone", "regnet_tiny", "--weights", own, "--data_dir", data_dir,
-             "--output_dir", tmp_path / "crops", "--device", "cpu")  # fmt: skip
+        call("crop", "--source", "saliency", *words, *SMALL_CROP, "--weights", own)
     assert not (tmp_path / "runs").exists()
     fit(data_dir, tmp_path / "runs", "--weights", own, "--fold", 0, "--limit", 2)
     state = torch.load(own, weights_only=True)["state_dict"].items()
@@ -215,8 +215,8 @@ def test_crops_and_guides_by_networks_that_saw_the_held_out_images_are_refused(d
             fit(data_dir, runs, "--crop_dir", crops, *more, model=model)
     assert not runs.exists()
     fit(data_dir, runs, "--crop_dir", crops, "--fold", 0, "--limit", 2, model="cropnet")
-    words = ["--backbone", "regnet_tiny", "--weights", "none", "--device", "cpu", "--output_dir", tmp_path]
-    guide, loss = ["--guide", call("crop", "--source", "saliency", "--data_dir", data_dir, *words)], []
+    words = ["--source", "saliency", "--data_dir", data_dir, "--output_dir", tmp_path, "--views", 1]
+    guide, loss = ["--guide", call("crop", *words, *SMALL_CROP)], []
     for weight in (0, 3):
         run = fit(data_dir, runs, *guide, "--guide_weight", weight, "--name", weight, "--limit", 2, model="chipnet")
         loss.append(pd.read_csv(run / "log.csv")["train_loss"].mean())
@@ -235,7 +235,7 @@ def test_runs_of_relative_paths_predict_from_anywhere_without_data(data_dir, run
     shutil.copytree(data_dir, tour / "data", ignore=shutil.ignore_patterns("crops"))
     shutil.copytree(runs_dir / "chipnet", tour / "runs" / "chipnet")
     monkeypatch.chdir(tour)
-    call("crop", "--data_dir", "data", "--backbone", "regnet_tiny", "--weights", "none", "--device", "cpu")
+    call("crop", "--data_dir", "data", *SMALL_CROP, "--views", 1)
     fit("data", "runs", model="cropnet")
     call("ensemble", "mean", "--runs_dir", "runs")
     before = [predict(Path("runs", name), source, tmp_path / f"{name}1") for name in ("cropnet", "ensemble")]

@@ -176,13 +176,14 @@ class Mine(models.Network):
 
 def test_a_new_network_is_one_class_and_one_row(data_dir, source, tmp_path, monkeypatch):
     monkeypatch.setitem(models.MODELS, "mine", models.Recipe(Mine))
-    run, cpu = fit(data_dir, tmp_path, "--fsg", "--ema", 0.9, model="mine"), ["--device", "cpu"]
+    run, cpu = fit(data_dir, tmp_path, "--fsg", "--ema", 0.9, "--fold", 0, model="mine"), ["--device", "cpu"]
     words = [source / "images" / "0024.jpg", "--no-pictures", "--output", tmp_path / "out"]
     predicted = pd.read_csv(call("predict", "--run", run, *words, *cpu) / "predictions.csv")
     submission = read(run / "submission.csv").set_index("image_name")["target"]
     assert predicted["prob"][0] == pytest.approx(submission["0024"], abs=1e-4)
     call("audit", run, *cpu)
-    call("crop", "--source", "gradcam", "--run", run, "--data_dir", data_dir, "--output_dir", tmp_path, *cpu)
+    words = ["--data_dir", data_dir, "--output_dir", tmp_path, "--views", 1]
+    call("crop", "--source", "gradcam", "--run", run, *words, *cpu)
 
 
 def test_metadata_is_that_of_training_rows_alone(data_dir, tmp_path):
