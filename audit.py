@@ -21,9 +21,9 @@ import util
 from plumbing.data import Data, read_data
 from plumbing.distributed import pick_device
 from plumbing.files import check_hashes
-from plumbing.runs import Run, read_run
+from plumbing.runs import Run, read_run, score_line
 from tasks import score_folds
-from util import FOLD, ID, PROB, TARGET, InputError
+from util import FOLD, ID, InputError
 
 SAMPLE = 16  # held-out rows of each fold that are predicted again
 TOLERANCE = 1e-3  # of probabilities: batches of another size round otherwise
@@ -38,30 +38,34 @@ def check_data(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
 def check_scores(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
     """oof.csv has every held-out row of the finished folds once, and all scores follow from it."""
     oof, expected = run.table("oof.csv"), data.train[data.train[FOLD].isin(run.folds)]
-    known = oof[ID].is_unique and len(oof.merge(expected[[ID, FOLD, TARGET]], on=[ID, FOLD, TARGET])) == len(oof)
+    keys = [ID, FOLD, *data.task.targets]
+    known = oof[ID].is_unique and len(oof.merge(expected[keys], on=keys)) == len(oof)
     complete = len(oof) == len(expected) or run.is_blend or run.config["args"]["limit"] is not None
-    again, same = score_folds(oof, data.group, run.folds), True
-    for part in ("pooled", "ranked"):
+    again, same = score_folds(data.task, oof, data.group, run.folds), True
+    for part in again.keys() & {"pooled", "ranked"}:
         for key, value in again[part].items():
-            same &= np.allclose(np.array(run.metrics[part][key], float), np.array(value, float), equal_nan=True)
-    return known and complete and same, f"{len(oof)} held-out rows, ranked AUC {again['ranked']['auc']:.4f}"
+            both = [list(x.values()) if isinstance(x, dict) else x for x in (value, run.metrics[part][key])]
+            same &= np.allclose(*(np.array(x, float) for x in both), equal_nan=True)
+    found = score_line(run.name, again).partition("oof ")[2]
+    return known and complete and same, f"{len(oof)} held-out rows, out of fold {found}"
 
 
 def check_networks(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
-    """A sample of every fold's held-out rows is predicted as in oof.csv; encoders are fitted to training rows alone."""
+    """A sample of every fold's held-out rows is predicted as in oof.csv; what is fitted saw training rows."""
     if run.is_blend:
         return True, f"{len(run.members())} members as blended"
     args, oof, worst, fitted = argparse.Namespace(**run.config["args"]), run.table("oof.csv"), 0.0, True
     args.crop_dir, args.guide = args.crop_dir and Path(args.crop_dir), None
     for k in run.folds:
         model, content = models.load_checkpoint(run.checkpoint(k), device)
-        images, encoder = dataset.make_images(data, k, args, models.MODELS[args.model])
-        fitted &= encoder.columns == content["encoder"]
-        valid, expected = images["valid"], oof[oof[FOLD] == k].set_index(ID)[PROB]
+        images, encoder, task = dataset.make_images(data, k, args, models.MODELS[args.model])
+        fitted &= encoder.columns == content["encoder"] and task.facts() == content["task"]
+        valid, expected = images["valid"], oof[oof[FOLD] == k].set_index(ID)[task.columns]
         some = np.linspace(0, len(valid) - 1, min(SAMPLE, len(valid))).astype(int)
         loader = dataset.eval_loader(valid, some, args.batch_size, workers=0)
-        prob = models.predict(model, loader, device, args.tta, args.amp)
-        worst = max(worst, np.abs(prob - expected[data.train[ID].to_numpy()[valid.rows[some]]]).max())
+        prob = models.predict(model, task, loader, device, args.tta, args.amp)
+        away = np.abs(prob - expected.loc[data.train[ID].to_numpy()[valid.rows[some]]].to_numpy()) / task.std
+        worst = max(worst, away.max())
     return fitted and worst < TOLERANCE, f"up to {SAMPLE} rows of each fold predicted again, at most {worst:.1e} away"
 
 

@@ -1,6 +1,6 @@
 """How predictions of several runs become one: the rules of ensemble.py, which predict.py follows for new images.
 
-A blend is a row of BLENDS: what is averaged, how the average becomes a score, and how weights are learned, if they are.
+A blend is a row of BLENDS: what is averaged, how the average becomes a prediction, and whether weights are learned.
 
 References:
     Caruana et al., Ensemble Selection from Libraries of Models, ICML 2004: forward selection with replacement.
@@ -11,55 +11,83 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tasks import rank_among, weighted_auc
+from scores import rank_among
+from tasks import Task, main_score
 
 SELECTION_STEPS = 25
 
 
-def learn_weights(values: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Weights (K,) by greedy forward selection with replacement for the AUC of values (N, K)."""
+def learn_weights(task: Task, values: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Weights (M,) by greedy forward selection with replacement for the main score of values (N, M, K)."""
     counts = np.zeros(values.shape[1])
     best_counts, best = counts, -np.inf
-    for _ in range(SELECTION_STEPS):
-        scores = [weighted_auc(target, values @ counts + column) for column in values.T]
-        counts = counts + np.eye(len(counts))[int(np.argmax(scores))]
-        if max(scores) > best:  # a longer list must be better, not as good
-            best_counts, best = counts, max(scores)
+    for step in range(SELECTION_STEPS):
+        sums = np.einsum("nmk,m->nk", values, counts)
+        found = [main_score(task, target, (sums + values[:, m]) / (step + 1)) for m in range(len(counts))]
+        counts = counts + np.eye(len(counts))[int(np.argmax(found))]
+        if max(found) > best:  # a longer list must be better, not as good
+            best_counts, best = counts, max(found)
     return best_counts / best_counts.sum()
 
 
-def logit_of(prob: np.ndarray, history: np.ndarray) -> np.ndarray:
-    """Logit of probabilities, held within 1e-7 of 0 and 1."""
-    safe = np.clip(prob, 1e-7, 1 - 1e-7)
-    return np.log(safe / (1 - safe))
+def by_order(task: Task) -> bool:
+    """Whether the order of predictions is all that a task is judged by, so that ranks may take their place."""
+    return task.order_is_enough and task.metrics[task.metric].ranks
 
 
-def rank_of(prob: np.ndarray, history: np.ndarray) -> np.ndarray:
-    """Rank of predictions of one fold's network among its predictions of the rows that the fold held out."""
-    return rank_among(history, prob)
+def rank_of(task: Task, prob: np.ndarray, history: np.ndarray) -> np.ndarray:
+    """Ranks of predictions of one fold's network among its predictions of the rows that the fold held out."""
+    return np.column_stack([rank_among(old, new) for old, new in zip(history.T, prob.T, strict=True)])
+
+
+def value_of_rank(task: Task, rank: np.ndarray, history: np.ndarray) -> np.ndarray:
+    """The prediction that has this rank in the history, if values matter; else the rank itself."""
+    if by_order(task):
+        return rank
+    values = [np.quantile(old, new) for old, new in zip(history.T, rank.T, strict=True)]
+    return prob_of(task, task.logit(np.column_stack(values)))
+
+
+def prob_of(task: Task, logit: np.ndarray, history=None) -> np.ndarray:
+    """Predictions of logits."""
+    import torch
+
+    return task.prob(torch.from_numpy(logit)).numpy()
 
 
 @dataclass(frozen=True)
 class Blend:
-    """A way to blend; `history` (H,) are the held-out predictions of the network that made `prob` (N,)."""
+    """A way to blend predictions (n, K) of the same fold's networks. `history` (H, K) are a member's predictions of the
+    rows that the fold held out, and for `score` the members' average of these."""
 
-    value: Callable = lambda prob, history: prob  # (prob, history) -> what is averaged (N,)
-    score: Callable = lambda average: average  # average (N,) -> score in 0..1
-    learn: Callable | None = None  # (values (N, K), target (N,)) -> weights (K,); None: equal or given ones
+    value: Callable = lambda task, prob, history: prob  # what is averaged (n, K)
+    score: Callable = lambda task, average, history: average  # the average as a prediction (n, K)
+    learn: Callable | None = None  # (task, values (N, M, K), target (N, T)) -> weights (M,); None: equal or given ones
 
 
 BLENDS = {
     "mean": Blend(),
-    "rank": Blend(value=rank_of),
-    "logit": Blend(value=logit_of, score=lambda average: 1 / (1 + np.exp(-average))),
-    "weights": Blend(value=rank_of, learn=learn_weights),
+    "rank": Blend(rank_of, value_of_rank),
+    "logit": Blend(lambda task, prob, history: task.logit(prob), prob_of),
+    "weights": Blend(
+        lambda task, prob, history: rank_of(task, prob, history) if by_order(task) else prob, learn=learn_weights
+    ),
 }
 
 
-def values_of(blend: Blend, prob: np.ndarray, fold: np.ndarray, history: np.ndarray, held: np.ndarray) -> np.ndarray:
-    """What a blend averages (N, K), of prob (N, K) by fold (N,); history (H, K), held (H,): held-out rows and folds."""
+def values_of(blend: Blend, task: Task, prob: np.ndarray, fold: np.ndarray, history: np.ndarray, held) -> np.ndarray:
+    """What a blend averages (N, M, K), of prob (N, M, K) by fold (N,); history (H, M, K), held (H,): held-out
+    predictions and their folds."""
     values = np.empty(prob.shape)
     for k in np.unique(fold):
-        for column in range(prob.shape[1]):
-            values[fold == k, column] = blend.value(prob[fold == k, column], history[held == k, column])
+        for m in range(prob.shape[1]):
+            values[fold == k, m] = blend.value(task, prob[fold == k, m], history[held == k, m])
     return values
+
+
+def scores_of(blend: Blend, task: Task, average: np.ndarray, fold: np.ndarray, history: np.ndarray, held) -> np.ndarray:
+    """Blended predictions (N, K) of averages (N, K) by fold; history (H, K): the members' average of held-out ones."""
+    scores = np.empty(average.shape)
+    for k in np.unique(fold):
+        scores[fold == k] = blend.score(task, average[fold == k], history[held == k])
+    return scores

@@ -40,7 +40,7 @@ from plumbing.files import copy, finish_output, open_output, provenance, sha256,
 from plumbing.guards import check_unseen, fold_weights
 from plumbing.images import ImageIndex, centre_square, configure_pillow, name_key, read_crops
 from plumbing.runs import read_run
-from util import FOLD, ID, PLACE, TARGET, InputError
+from util import FOLD, ID, PLACE, InputError
 
 MONTAGE_ROWS = 8
 WIDE = 1.4  # side of the crops from which jittered ones are cut, over the box's
@@ -191,15 +191,16 @@ def plot_montage(path: Path, data: Data, cropper: Cropper) -> None:
     table, n = cropper.table, len(cropper.table)
     crops = open_array(cropper.arrays["train"].path, n)
     maps = open_array(cropper.arrays["attention"].path, n, dtype=np.float32) if "attention" in cropper.arrays else None
-    rows = np.concatenate([np.flatnonzero(table[TARGET] == label)[: MONTAGE_ROWS // 2] for label in (1, 0)])
+    strata = data.task.strata(data.target[:n])
+    some = -(-MONTAGE_ROWS // len(np.unique(strata)))
+    rows = np.concatenate([np.flatnonzero(strata == stratum)[:some] for stratum in np.unique(strata)[::-1]])
     figure = new_figure(figsize=(7, 2.2 * len(rows)))
     for axes, row in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
         box, (left, top, right, _) = cropper.boxes[row], centre_square(*cropper.originals[row])
         inside = Box(box.x0 - left, box.y0 - top, box.x1 - left, box.y1 - top)  # of the stored square
         attention = None if maps is None else localize.upsample(maps[row])
         draw_row(axes, cropper.stored[row], (right - left, right - left), inside, attention, crops[row])
-        label = "positive" if table[TARGET].iloc[row] else "negative"
-        axes[0].set_title(f"{table[ID].iloc[row]}, {label}", fontsize=8)
+        axes[0].set_title(f"{table[ID].iloc[row]}, {data.task.describe(data.target[row])}", fontsize=8)
         axes[1].set_title(box.reason or f"confidence {box.confidence:.2f}", fontsize=8)
         axes[2].set_title(f"crop, {(right - left) / box.side:.1f}x finer", fontsize=8)
     save_figure(path, figure)
@@ -227,7 +228,9 @@ def main(args: argparse.Namespace) -> Path:
     folder = (args.output_dir or data.directory / "crops") / default_name(args, source)
     found = find_networks(args.run, source, data) if source and source.needs else {}
     croppers = [Cropper(split, data, folder, args) for split in data.tables()]
-    how = {key: getattr(args, key) for key in ("source", "rule", "views", "shifts", "amp")}
+    if args.class_name is not None and (args.class_name not in data.task.names or not found):
+        raise InputError(f"--class is for the maps of a trained run: one of {', '.join(data.task.names)}")
+    how = {key: getattr(args, key) for key in ("source", "rule", "views", "shifts", "amp", "class_name")}
     how["num_devs"] = args.num_devs if args.rule == "original" else None
     trained = {f"fold{k}_network.pt": sha256(path) for k, path in found.items()}
     settings = how | {"folds_sha256": data.folds_sha256, "arrays": data.facts["sha256"], "limit": args.limit,
@@ -264,6 +267,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add, count = parser.add_argument, util.COUNT
     add("--source", choices=(*localize.SOURCES, "boxes"), default="attention*saliency", help="of maps or boxes")
     add("--run", type=Path, default=Path("runs/chipnet"), help="of attention (a ChipNet run) and gradcam")
+    add("--class", dest="class_name", help="output that gradcam or attention looks for [as predicted]")
     add("--backbone", default="resnet50", help="of the saliency: as in train.py")
     add("--weights", default="imagenet", help="of it: imagenet, none or a file")
     add("--boxes", type=Path, help="csv of --source boxes")

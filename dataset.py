@@ -8,6 +8,7 @@ References:
     C. Careaga, attention_guided_cropping (2020): the augmentations, hair among them.
 """
 
+import math
 import os
 import signal
 import sys
@@ -27,8 +28,8 @@ from plumbing.arrays import Rows, array_path, open_array
 from plumbing.data import Data, MetaEncoder, meta_columns, with_boxes
 from plumbing.distributed import Team
 from plumbing.files import read_json
-from tasks import pick_rows
-from util import FOLD, PLACE, TARGET
+from tasks import Task, pick_rows
+from util import FOLD, PLACE
 
 JITTER_SCALE, JITTER_SHIFT = (0.9, 1.25), 0.1  # of a box's side, while training on crops
 WHOLE_SHARE = 0.1  # of the crops in training that are the whole image instead
@@ -188,7 +189,7 @@ class Batch(NamedTuple):
 
     image: torch.Tensor  # uint8 (3 * pictures, S, S)
     meta: torch.Tensor  # float32 (M,)
-    target: torch.Tensor  # float32
+    goal: torch.Tensor  # float32 (K,): what the loss compares with the logit; NaN if unknown
     weight: torch.Tensor  # float32; 0 for a row that only fills up a share
     guide: torch.Tensor  # float32 (grid, grid); (0,) without a guide
 
@@ -198,14 +199,14 @@ class Batch(NamedTuple):
 
 
 class ImageDataset(Dataset):
-    """Rows of one or more picture sources with their metadata and target; the pictures of a row are stacked. An index
+    """Rows of one or more picture sources with their metadata and goal; the pictures of a row are stacked. An index
     is an item, or for training (item, weight, (seed, position)): a draw whose augmentation depends on its place in the
     epoch alone, so that neither the number of workers nor that of processes changes what a network sees."""
 
-    def __init__(self, sources: list, rows, meta, target=None, transform=None, guide: Guide | None = None):
+    def __init__(self, sources: list, rows, meta, goal=None, transform=None, guide: Guide | None = None):
         self.sources, self.guide, self.rows = sources, guide, np.asarray(rows)
         self.meta = np.asarray(meta, dtype=np.float32)
-        self.target = np.zeros(len(self.rows)) if target is None else np.asarray(target)
+        self.goal = np.zeros((len(self.rows), 1), np.float32) if goal is None else np.asarray(goal, np.float32)
         self.transform = transform or A.Compose([])
 
     def __len__(self) -> int:
@@ -223,24 +224,26 @@ class ImageDataset(Dataset):
         return Batch(
             torch.from_numpy(np.concatenate([part["image"].transpose(2, 0, 1) for part in done])),
             torch.from_numpy(self.meta[i]),
-            torch.tensor(self.target[i], dtype=torch.float32),
+            torch.from_numpy(self.goal[i]),
             torch.tensor(weight, dtype=torch.float32),
             torch.from_numpy(guide),
         )
 
 
-def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDataset], MetaEncoder]:
-    """Images of fold k to "train" on, "valid" (held out) and "test", if there are any, with their metadata encoder.
-    args: crop_dir, jitter, limit, meta_cols and guide of train.py; recipe: of the network (models.MODELS)."""
+def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDataset], MetaEncoder, Task]:
+    """Images of fold k to "train" on, "valid" (held out) and "test", if there are any, with the metadata encoder and
+    the task, both fitted to the training rows. args: crop_dir, jitter, limit, meta_cols and guide of train.py; recipe:
+    of the network (models.MODELS)."""
     crop_dir, tables = args.crop_dir, data.tables()
     if crop_dir is not None:
         tables = {split: with_boxes(table, crop_dir, split) for split, table in tables.items()}
-    table, target = tables["train"], data.train[TARGET].to_numpy()
+    table, target, strata = tables["train"], data.target, data.task.strata(data.target)
     held_out = table[FOLD].to_numpy() == k
     rows = {
-        "train": pick_rows(target, np.flatnonzero(~held_out), args.limit),
-        "valid": pick_rows(target, np.flatnonzero(held_out), args.limit),
+        "train": pick_rows(strata, np.flatnonzero(~held_out), args.limit),
+        "valid": pick_rows(strata, np.flatnonzero(held_out), args.limit),
     }
+    task = data.task.fitted(target[rows["train"]])
     columns = meta_columns(table, args.meta_cols) if recipe.network.uses_meta else []
     encoder = MetaEncoder.fit(table.iloc[rows["train"]], columns)
     if "test" in tables:
@@ -262,24 +265,26 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
             [pictures[name] for name in seen],
             chosen,
             encoder.encode(tables[split])[chosen],
-            None if part == "test" else target[chosen],
+            None if part == "test" else task.goal(target[chosen]),
             train_transform(data.size, recipe.network.shift) if part == "train" else None,
         )
     if args.guide is not None:
         grid = data.size // recipe.network.chip
         images["train"].guide = Guide(args.guide / "train_attention.npy", len(table), grid)
-    return images, encoder
+    return images, encoder, task
 
 
 # ---------------------------------------------------------------- loaders
-def draw_order(target: np.ndarray, sampler: str, seed: int) -> np.ndarray:
-    """Items of an epoch, shuffled: "shuffle" takes each once, "balanced" each of the larger class once and as many
-    draws from the smaller one."""
-    rng, items = np.random.default_rng(seed), np.arange(len(target))
+def draw_order(strata: np.ndarray, sampler: str, seed: int) -> np.ndarray:
+    """Items of an epoch, shuffled: "shuffle" takes each once, "balanced" as many of each stratum (class). Together
+    these are twice the largest stratum: with two classes each of the larger once and as many draws from the smaller."""
+    rng, items = np.random.default_rng(seed), np.arange(len(strata))
     if sampler == "balanced":
-        by_class = [np.flatnonzero(np.asarray(target) == label) for label in (0, 1)]
-        extra = [rng.choice(rows, max(map(len, by_class)) - len(rows)) for rows in by_class]
-        items = np.concatenate([*by_class, *extra])
+        parts = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+        share = math.ceil(2 * max(map(len, parts)) / len(parts))
+        once = [rows if len(rows) <= share else rng.choice(rows, share, replace=False) for rows in parts]
+        extra = [rng.choice(rows, share - len(rows)) for rows in once]
+        items = np.concatenate([*once, *extra])
     return rng.permutation(items)
 
 
@@ -308,8 +313,8 @@ def cut_batches(n_items: int, batch_size: int, accumulate: int, rank: int, size:
 class TrainLoader:
     """Batches of the training epochs of a fold; one pool of loader processes serves all epochs."""
 
-    def __init__(self, images: ImageDataset, sampler: str, batch_size: int, accumulate: int, workers: int, team: Team):
-        self.images, self.sampler, self.how = images, sampler, (batch_size, accumulate, team.rank, team.size)
+    def __init__(self, images: ImageDataset, strata, sampler: str, batch_size, accumulate, workers: int, team: Team):
+        self.strata, self.sampler, self.how = strata, sampler, (batch_size, accumulate, team.rank, team.size)
         self.batches, self._epoch = [], []
         self._loader = DataLoader(images, batch_sampler=self, **loader_options(workers))
 
@@ -323,7 +328,7 @@ class TrainLoader:
 
     def epoch(self, seed: int) -> Iterator[tuple[int, list[Batch]]]:
         """(items in the whole batch, this process's parts of it), batch by batch; `seed` fixes all draws."""
-        self._epoch, self._seed = draw_order(self.images.target, self.sampler, seed).tolist(), seed
+        self._epoch, self._seed = draw_order(self.strata, self.sampler, seed).tolist(), seed
         self.batches = cut_batches(len(self._epoch), *self.how)
         loaded = iter(self._loader)
         for n_items, shares in self.batches:

@@ -19,12 +19,14 @@ import numpy as np
 import pandas as pd
 
 import util
-from blends import BLENDS, Blend, values_of
+from blends import BLENDS, Blend, scores_of, values_of
+from calibration import parts_of
 from plumbing.data import Data, read_data
 from plumbing.files import provenance, read_json, sha256, write_json
 from plumbing.runs import Run, read_run, remove_run, score_line, write_run
-from tasks import Ranked, bootstrap_weights, interval, rank_in_fold
-from util import FOLD, ID, PROB, TARGET, InputError
+from scores import bootstrap_weights, interval, rank_in_fold
+from tasks import Task
+from util import FOLD, ID, InputError
 
 
 def find_runs(names: list[str] | None, runs_dir: Path, blend: str) -> list[Run]:
@@ -39,16 +41,21 @@ def find_runs(names: list[str] | None, runs_dir: Path, blend: str) -> list[Run]:
     return runs
 
 
-def align(runs: list[Run], name: str, keys: list[str]) -> tuple[pd.DataFrame, np.ndarray]:
-    """A table of several runs joined on its keys: (keys, prob (N, K)); raises InputError if rows do not match."""
-    tables = {run.name: run.table(name).set_index(keys)[PROB] for run in runs}
-    joined = pd.concat(tables, axis=1).reindex(next(iter(tables.values())).index)
-    sizes = {len(table) for table in tables.values()}
-    if joined.isna().any(axis=None) or len(sizes) > 1:
-        lacking = joined.isna().any(axis=0)
-        who = ", ".join(lacking.index[lacking]) or min(tables, key=lambda run: len(tables[run]))
-        raise InputError(f"the runs predict other rows of {name}: {who} differs; train the same folds, or pass --runs")
-    return joined.index.to_frame(index=False), joined.to_numpy()
+def align(runs: list[Run], name: str, targets: list[str]) -> tuple[pd.DataFrame, np.ndarray]:
+    """A table of several runs joined by image and fold: (these and the targets, prob (N, M, K)); raises InputError if
+    rows do not match."""
+    keys = [ID, FOLD]
+    tables = {run.name: run.table(name).set_index(keys) for run in runs}
+    first = next(iter(tables.values()))
+    for run in runs:
+        table = tables[run.name]
+        same = len(table) == len(first) and first.index.isin(table.index).all()
+        same = same and first[targets].equals(table.loc[first.index, targets])
+        if not same or table[run.task.columns].isna().any(axis=None):
+            raise InputError(f"{run.name} predicts other rows of {name} than {runs[0].name}; train the same folds, or "
+                             "pass --runs")  # fmt: skip
+    prob = [tables[run.name].loc[first.index, run.task.columns].to_numpy() for run in runs]
+    return first.reset_index()[[*keys, *targets]], np.stack(prob, axis=1)
 
 
 def parse_weights(words: list[str], names: list[str]) -> np.ndarray:
@@ -64,31 +71,32 @@ def parse_weights(words: list[str], names: list[str]) -> np.ndarray:
     return weights / weights.sum()
 
 
-def halves(target: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Two parts (N,) with whole groups, for runs of which one fold alone was trained."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    part = np.zeros(len(target), dtype=int)
-    part[next(StratifiedGroupKFold(2).split(target, target, group))[1]] = 1
-    if any(len(np.unique(target[part == label])) < 2 for label in (0, 1)):
-        raise InputError("too few positives to learn weights from one fold; train more folds or pass --weights")
-    return part
+def average_of(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted average (N, K) of values (N, M, K)."""
+    return np.einsum("nmk,m->nk", values, weights)
 
 
-def cross_fit(blend: Blend, values: np.ndarray, target: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Average (N,) in which the rows of each part are weighted by what the other parts taught."""
-    average = np.empty(len(values))
+def cross_fit(blend: Blend, task: Task, values: np.ndarray, target: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Average (N, K) in which the rows of each part are weighted by what the other parts taught."""
+    average = np.empty((len(values), values.shape[2]))
     for label in np.unique(part):
         held_out = part == label
-        average[held_out] = values[held_out] @ blend.learn(values[~held_out], target[~held_out])
+        weights = blend.learn(task, values[~held_out], target[~held_out])
+        average[held_out] = average_of(values[held_out], weights)
     return average
 
 
-def gain_over_equal_weights(prob, values, target, fold, group) -> dict:
-    """AUC of a blend less that of equal weights, ranked inside folds, with its 95 % bootstrap interval over groups."""
-    ours, equal = (Ranked(target, rank_in_fold(average, fold)) for average in (prob, values.mean(axis=1)))
-    gains = [ours.auc(weight) - equal.auc(weight) for weight in bootstrap_weights(group)]
-    return {"equal_weights_auc": equal.auc(), "gain": ours.auc() - equal.auc(), "gain_interval": interval(gains)}
+def gain_over_equal_weights(task: Task, prob, values, target, fold, group) -> dict:
+    """Main score of a blend less that of equal weights (greater is better) with its 95 % bootstrap interval over
+    groups; an AUC is taken of ranks inside folds."""
+    metric, both = task.metrics[task.metric], [prob, values.mean(axis=1)]
+    if metric.ranks:
+        both = [rank_in_fold(average, fold) for average in both]
+    ours, equal = (metric.resampled(target, average) for average in both)
+    gains = [metric.sign * (ours(weight) - equal(weight)) for weight in bootstrap_weights(group)]
+    once = np.ones(len(target), dtype=int)
+    found = {f"equal_weights_{task.metric}": equal(once), "gain": metric.sign * (ours(once) - equal(once))}
+    return found | {"gain_interval": interval(gains)}
 
 
 def report(runs: list[Run], weights: np.ndarray, name: str, metrics: dict) -> None:
@@ -97,9 +105,9 @@ def report(runs: list[Run], weights: np.ndarray, name: str, metrics: dict) -> No
         print(f"{score_line(run.name, run.metrics)}   weight {weight:.2f}")
     print(score_line(name, metrics))
     if (gain := metrics["learned"]) is not None:
-        low, high = gain["gain_interval"]
-        print(f"equal weights: oof {gain['equal_weights_auc']:.3f}")
-        print(f"learned weights over equal ones, cross-fitted: {gain['gain']:+.4f} AUC [{low:+.4f}, {high:+.4f}]"
+        (low, high), metric = gain["gain_interval"], metrics["metric"]
+        print(f"equal weights: oof {gain[f'equal_weights_{metric}']:.3f}")
+        print(f"learned weights over equal ones, cross-fitted: {gain['gain']:+.4f} {metric} [{low:+.4f}, {high:+.4f}]"
               + ("" if low > 0 else ", not proven"))  # fmt: skip
 
 
@@ -116,22 +124,24 @@ def main(args: argparse.Namespace) -> Path:
     runs = find_runs(args.runs, args.runs_dir, args.name)
     data = read_data(args.data_dir or Path(runs[0].config["args"]["data_dir"]))
     check_data(runs, data)
-    keys, prob = align(runs, "oof.csv", [ID, FOLD, TARGET])
-    target, fold, group = keys[TARGET].to_numpy(), keys[FOLD].to_numpy(), data.group[keys[ID]].to_numpy()
+    task, (oof, prob) = data.task, align(runs, "oof.csv", data.task.targets)
+    target, fold, group = oof[task.targets].to_numpy(float), oof[FOLD].to_numpy(), data.group[oof[ID]].to_numpy()
 
-    values, gain = values_of(blend, prob, fold, prob, fold), None
+    values, gain = values_of(blend, task, prob, fold, prob, fold), None
     names = [run.name for run in runs]
     weights = parse_weights(args.weights or [f"{name}=1" for name in names], names)
-    average = values @ weights
+    average = average_of(values, weights)
     if blend.learn and not args.weights:
-        weights = blend.learn(values, target)
-        average = cross_fit(blend, values, target, fold if len(np.unique(fold)) > 1 else halves(target, group))
-        gain = gain_over_equal_weights(average, values, target, fold, group)
-    oof, test = keys.assign(**{PROB: blend.score(average)}), None
+        weights = blend.learn(task, values, target)
+        average = cross_fit(blend, task, values, target, parts_of(task, target, group, fold))
+        gain = gain_over_equal_weights(task, average, values, target, fold, group)
+    history = average_of(prob, weights), fold
+    oof[task.columns], test = scores_of(blend, task, average, fold, *history), None
     if any("test_predictions.csv" in run.metrics["sha256"] for run in runs):
-        test, test_prob = align(runs, "test_predictions.csv", [ID, FOLD])
-        test_values = values_of(blend, test_prob, test[FOLD].to_numpy(), prob, fold)
-        test[PROB] = blend.score(test_values @ weights)
+        test, test_prob = align(runs, "test_predictions.csv", [])
+        test_fold = test[FOLD].to_numpy()
+        test_values = values_of(blend, task, test_prob, test_fold, prob, fold)
+        test[task.columns] = scores_of(blend, task, average_of(test_values, weights), test_fold, *history)
 
     if any(path.suffix != ".tmp" for path in folder.glob("*")):  # else a call was stopped before its first file
         is_blend = (folder / "config.json").exists() and "members" in read_json(folder / "config.json")
@@ -142,7 +152,7 @@ def main(args: argparse.Namespace) -> Path:
     places = [{"run": os.path.relpath(run.path, folder), "metrics": sha256(run.path / "metrics.json")} for run in runs]
     members = [place | {"weight": weight} for place, weight in zip(places, weights, strict=True)]
     config = {"args": vars(args) | {"data_dir": data.directory.resolve()}, "members": members,
-              "inputs": {"folds": data.folds_sha256}}  # fmt: skip
+              "inputs": {"folds": data.folds_sha256}, "task": task.facts()}  # fmt: skip
     write_json(folder / "config.json", config | provenance())
     metrics = write_run(folder, oof, test, data, [{"fold": int(k)} for k in np.unique(fold)], learned=gain)
     report(runs, weights, args.name, metrics)

@@ -34,6 +34,7 @@ from models import autocast, load_checkpoint, mean_over_views
 from plumbing.data import MetaEncoder
 from plumbing.files import check_hashes
 from plumbing.images import centre_square
+from tasks import task_of
 from util import InputError
 
 # map -> box. Tuned on two folds of real dermoscopy images, reported on the third.
@@ -224,26 +225,27 @@ def fit_saliency(network: nn.Module, array: np.ndarray, rows: np.ndarray, device
 
 
 class GradCam:
-    """Where a trained network finds evidence, for either class: |Grad-CAM - its median|. Grad-CAM of the logit on the
-    last feature map, its sign kept. Where the head is pooling and one linear layer it is computed in closed form,
-    without a backward pass."""
+    """Where a trained network finds evidence for or against an output: |Grad-CAM - its median|. Grad-CAM of the logit
+    on the last feature map, its sign kept. If the head is pooling and one linear layer it is computed in closed form,
+    without a backward pass. evidence: shares of the outputs in what is explained, logit (N, K) -> (N, K); see
+    tasks.Task.evidence."""
 
-    def __init__(self, network: nn.Module, meta: np.ndarray | None = None):
-        self.network = network  # meta: encoded metadata (1, M) that counts as missing everywhere
+    def __init__(self, network: nn.Module, meta: np.ndarray | None = None, evidence: Callable = torch.ones_like):
+        self.network, self.evidence = network, evidence  # meta: encoded, (1, M), that counts as missing everywhere
         self.meta = torch.zeros(1, 0) if meta is None else torch.from_numpy(meta)
         self._stage: str | None = None
 
     def cam(self, image: torch.Tensor) -> torch.Tensor:
-        """image uint8 (N, 3, S, S) -> signed class activation map of the logit (N, h, w)."""
-        network = self.network
+        """image uint8 (N, 3, S, S) -> signed class activation map of the logits (N, h, w)."""
+        network, meta = self.network, self.meta.to(image.device).expand(len(image), -1)
         if self._stage is None:
             found = find_stages(network, image)
             self._stage = found[max(found)]
-        pooled, outputs = run_backbone(network, [self._stage], lambda: network.backbone(network.normalise(image)))
-        maps = outputs[self._stage]
+        logit, outputs = run_backbone(network, [self._stage, ""], lambda: network(image, meta))
+        maps, pooled = outputs[self._stage], outputs[""]
         if maps.shape[1] == pooled.shape[1] and torch.allclose(maps.mean(dim=(2, 3)), pooled, rtol=1e-3, atol=1e-5):
-            weight = network.head[-1].weight[0, : maps.shape[1]]
-            return torch.einsum("nchw,c->nhw", maps, weight) / maps[0, 0].numel()
+            weight = self.evidence(logit) @ network.head[-1].weight[:, : maps.shape[1]]
+            return torch.einsum("nchw,nc->nhw", maps, weight) / maps[0, 0].numel()
         return self.cam_by_gradient(image)
 
     def cam_by_gradient(self, image: torch.Tensor) -> torch.Tensor:
@@ -253,7 +255,7 @@ class GradCam:
         with torch.enable_grad():
             logit, outputs = run_backbone(network, [self._stage], lambda: network(image, meta))
             maps = outputs[self._stage]
-            (gradient,) = torch.autograd.grad(logit.sum(), maps)
+            (gradient,) = torch.autograd.grad((self.evidence(logit.detach()) * logit).sum(), maps)
         return (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).detach()
 
     def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
@@ -265,6 +267,31 @@ class GradCam:
             return normalised((cam - median).abs())
 
         return mean_over_views(attend, image, views)
+
+
+class ClassAttention:
+    """A ChipNet's attention, weighted by how much each chip speaks for an output: its share in the linearised logit, if
+    positive. evidence: as of GradCam."""
+
+    def __init__(self, network: nn.Module, evidence: Callable):
+        self.network, self.evidence = network, evidence
+
+    def contribution(self, image: torch.Tensor) -> torch.Tensor:
+        """image uint8 (N, 3, S, S) -> share of every chip (N, h, w)."""
+        embedding = self.network.embed(image)
+        attention = self.network.weigh(embedding)
+        pooled = (embedding * attention.unsqueeze(1)).sum(dim=(2, 3)).detach()
+        with torch.enable_grad():
+            logit = self.network.head(pooled.requires_grad_())
+            (gradient,) = torch.autograd.grad((self.evidence(logit.detach()) * logit).sum(), pooled)
+        return normalised(torch.einsum("nchw,nc->nhw", embedding, gradient).clamp_min(0))
+
+    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """image uint8 (N, 3, S, S) -> attention (N, h, w)."""
+        maps = self.network.attention(image, views)
+        share = mean_over_views(self.contribution, image, views).unsqueeze(1)
+        fine = F.interpolate(share, size=maps.shape[-2:], mode="bilinear").squeeze(1)
+        return normalised(maps * fine)
 
 
 class Product:
@@ -281,10 +308,15 @@ class Product:
         return normalised((fine[0] * fine[1]).sqrt().squeeze(1))
 
 
+def attention_of(network: nn.Module, evidence: Callable | None):
+    """A ChipNet as it is, or looking for an output."""
+    return network if evidence is None else ClassAttention(network, evidence)
+
+
 @dataclass(frozen=True)
 class Source:
-    """A way to make maps: make(network, saliency, meta) -> something with attention(image, views). needs: "attention"
-    or "maps" of a trained run's networks, None if no run is needed; saliency: whether one is learned."""
+    """A way to make maps: make(network, saliency, meta, evidence) -> something with attention(image, views). needs:
+    "attention" or "maps" of a trained run's networks, None if no run is needed; saliency: whether one is learned."""
 
     make: Callable
     needs: str | None = None
@@ -292,10 +324,12 @@ class Source:
 
 
 SOURCES = {
-    "attention*saliency": Source(lambda net, saliency, meta: Product(net, saliency), "attention", saliency=True),
-    "attention": Source(lambda net, saliency, meta: net, "attention"),
-    "gradcam": Source(lambda net, saliency, meta: GradCam(net, meta), "maps"),
-    "saliency": Source(lambda net, saliency, meta: saliency, saliency=True),
+    "attention*saliency": Source(
+        lambda net, saliency, meta, evidence: Product(attention_of(net, evidence), saliency), "attention", saliency=True
+    ),
+    "attention": Source(lambda net, saliency, meta, evidence: attention_of(net, evidence), "attention"),
+    "gradcam": Source(lambda net, saliency, meta, evidence: GradCam(net, meta, evidence), "maps"),
+    "saliency": Source(lambda net, saliency, *_: saliency, saliency=True),
 }
 
 
@@ -438,12 +472,14 @@ class Finder:
         if "saliency.pt" in facts["networks"]:
             saliencies = load_saliencies(folder / "saliency.pt", device)
         for k in facts["folds"]:
-            network, meta = None, None
+            network, meta, evidence = None, None, None
             if facts["trained"]:
                 fold = SOURCES[facts["source"]].needs == "attention"  # Grad-CAM needs the modules that end a stage
                 network, content = load_checkpoint(folder / f"fold{k}_network.pt", device, fold=fold)
                 network.shifts, meta = facts["shifts"], blank_meta(content)
-            sources[k] = SOURCES[facts["source"]].make(network, saliencies.get(k), meta)
+                if facts["class_name"] or not fold:  # the attention of a ChipNet is one for all outputs
+                    evidence = partial(task_of(content["task"]).evidence, name=facts["class_name"])
+            sources[k] = SOURCES[facts["source"]].make(network, saliencies.get(k), meta, evidence)
         return cls(sources, facts["rule"], facts["num_devs"], facts["views"])
 
     def maps(self, array: np.ndarray, device, folds: list[int] | None = None, amp: str = "off", batch_size: int = 16):

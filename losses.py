@@ -1,12 +1,14 @@
 """What training minimises and how fast: losses, mixup, learning rate schedules, moving averages of weights.
 
-A new loss is a function (logit (N, 1), target (N,), pos_weight) -> (N,) and a row of LOSSES.
+A new loss is a function (logit (N, K), goal (N, K), weight (K,)) -> (N, K), or (N, 1) if it couples the outputs, and a
+row of a table below.
 
 References:
     Lin et al., Focal Loss for Dense Object Detection, ICCV 2017. Zhang et al., mixup, ICLR 2018.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -16,22 +18,41 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import sigmoid_focal_loss
 
 
-def focal_loss(logit: torch.Tensor, target: torch.Tensor, gamma: float = 2.0, pos_weight: float = 1.0) -> torch.Tensor:
-    """Focal loss (N,) of logit (N, 1) and target (N,) in 0..1; gamma 0 is cross-entropy. A target between 0 and 1 is
-    that share of a positive's loss and the rest of a negative's. pos_weight: of the positives. Lin et al. 2017,
-    equation 4."""
-    logit, loss = logit.squeeze(1), partial(sigmoid_focal_loss, alpha=-1, gamma=gamma)
-    positive, negative = loss(logit, torch.ones_like(target)), loss(logit, torch.zeros_like(target))
-    return pos_weight * target * positive + (1 - target) * negative
+def focal_loss(logit: torch.Tensor, goal: torch.Tensor, weight=1.0, gamma: float = 2.0) -> torch.Tensor:
+    """Focal loss of every label; gamma 0 is cross-entropy. A goal between 0 and 1 is that share of a positive's loss
+    and the rest of a negative's. weight: of the positives. Lin et al. 2017, equation 4."""
+    loss = partial(sigmoid_focal_loss, alpha=-1, gamma=gamma)
+    positive, negative = loss(logit, torch.ones_like(goal)), loss(logit, torch.zeros_like(goal))
+    return weight * goal * positive + (1 - goal) * negative
 
 
-LOSSES = {"focal": focal_loss, "bce": partial(focal_loss, gamma=0.0)}
+def focal_loss_of_classes(logit: torch.Tensor, goal: torch.Tensor, weight=1.0, gamma: float = 2.0) -> torch.Tensor:
+    """Focal loss over classes (N, 1), of which the goal is a distribution; gamma 0 is cross-entropy."""
+    log_prob = logit.log_softmax(dim=1)
+    return -(weight * goal * (1 - log_prob.exp()) ** gamma * log_prob).sum(dim=1, keepdim=True)
 
 
-def loss_of_prob(name: str, prob: np.ndarray, target: np.ndarray) -> float:
-    """Mean loss of probabilities (N,) for targets (N,)."""
-    logit = torch.from_numpy(prob).clamp(1e-7, 1 - 1e-7).logit().unsqueeze(1)
-    return LOSSES[name](logit, torch.from_numpy(target).double()).mean().item()
+def weighted(loss: Callable) -> Callable:
+    """A loss of torch for quantities, with a weight."""
+    return lambda logit, goal, weight=1.0: weight * loss(logit, goal, reduction="none")
+
+
+# by kind of output (tasks.py names them); the first row is what train.py takes by default
+OF_LABELS: dict[str, Callable] = {"focal": focal_loss, "bce": partial(focal_loss, gamma=0.0)}
+OF_CLASSES = {"focal": focal_loss_of_classes, "ce": partial(focal_loss_of_classes, gamma=0.0)}
+OF_QUANTITIES = {"smooth_l1": weighted(F.smooth_l1_loss), "l1": weighted(F.l1_loss), "mse": weighted(F.mse_loss)}
+
+
+def loss_of(task, name: str, logit: torch.Tensor, goal: torch.Tensor, weight=1.0) -> torch.Tensor:
+    """Loss (N,) of logit (N, K) for goal (N, K): the mean over the outputs whose goal is known, 0 if none is."""
+    each = task.losses()[name](logit, goal.nan_to_num(), weight)
+    known = ~goal.isnan()[:, : each.shape[1]]
+    return each.where(known, 0).sum(dim=1) / known.sum(dim=1).clamp_min(1)
+
+
+def loss_of_prob(task, name: str, prob: np.ndarray, goal: np.ndarray) -> float:
+    """Mean loss of predictions (N, K) for goals (N, K)."""
+    return loss_of(task, name, torch.from_numpy(task.logit(prob)), torch.from_numpy(goal).double()).mean().item()
 
 
 def guide_loss(attention: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
@@ -39,8 +60,8 @@ def guide_loss(attention: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
     return F.kl_div(attention.clamp_min(1e-12).log(), guide, reduction="none").sum((1, 2))
 
 
-def mix_and_smooth(batch, mixup: float, smoothing: float):
-    """A dataset.Batch whose rows are mixed in pairs by a share from Beta(mixup, mixup), targets drawn towards 1/2."""
+def mix_and_smooth(batch, mixup: float, smoothing: float, neutral: float):
+    """A dataset.Batch whose rows are mixed in pairs by a share from Beta(mixup, mixup), goals drawn towards neutral."""
     if mixup:
         share = torch.distributions.Beta(mixup, mixup).sample().item()
         other = torch.randperm(len(batch.image)).to(batch.image.device)
@@ -49,8 +70,8 @@ def mix_and_smooth(batch, mixup: float, smoothing: float):
             return share * part + (1 - share) * part[other] if part.numel() else part
 
         image = batch.image.float() / 255
-        batch = batch._replace(image=mix(image), meta=mix(batch.meta), target=mix(batch.target), guide=mix(batch.guide))
-    return batch._replace(target=batch.target.lerp(torch.full_like(batch.target, 0.5), smoothing))
+        batch = batch._replace(image=mix(image), meta=mix(batch.meta), goal=mix(batch.goal), guide=mix(batch.guide))
+    return batch._replace(goal=batch.goal.lerp(torch.full_like(batch.goal, neutral), smoothing))
 
 
 def lr_factor(schedule: str, epoch: int, epochs: int) -> float:

@@ -1,6 +1,6 @@
 """Networks, checkpoints and prediction.
 
-Every network is called as model(image, meta) -> logit (N, 1), with image (N, 3, S, S) either uint8 or float in 0..1,
+Every network is called as model(image, meta) -> logit (N, K), with image (N, 3, S, S) either uint8 or float in 0..1,
 and meta (N, M) as MetaEncoder makes it. A network normalises its input itself, knows its parameter groups, and is
 rebuilt from the spec in its checkpoint. A new network is a class and a row of MODELS.
 
@@ -23,6 +23,7 @@ import fsg
 from plumbing.backbones import load_backbone, make_backbone, read_torch_file
 from plumbing.files import FORMAT, atomic
 from plumbing.speedups import fold_batchnorms, skip_padding
+from tasks import Task
 from util import InputError
 
 CHIP = 32  # pixels; the total stride of the usual backbones, so that a chip becomes one embedding
@@ -39,6 +40,7 @@ class Spec:
     meta_dim: int = 0  # metadata columns
     hidden: int = 256  # width of the metadata branch, or of the attention
     dropout: float = 0.0
+    outputs: int = 1  # K
     gates: str | None = None  # "identity", "paper" or "hard": Feature-Selection Gates in the backbone
 
 
@@ -126,7 +128,7 @@ class MetaResNet(Network):
                 nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.BatchNorm1d(hidden),
             )  # fmt: skip
         width = self.features * self.pictures + (hidden if spec.meta_dim else 0)
-        self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(width, 1))
+        self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(width, spec.outputs))
 
     @torch.no_grad()
     def ignore_meta(self, columns: np.ndarray) -> None:
@@ -135,7 +137,7 @@ class MetaResNet(Network):
             self.meta_branch[0].weight[:, torch.from_numpy(columns)] = 0
 
     def forward(self, image: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-        """image (N, 3 * pictures, S, S), meta (N, M) -> logit (N, 1)."""
+        """image (N, 3 * pictures, S, S), meta (N, M) -> logit (N, K)."""
         n, _, height, width = image.shape
         image = image.reshape(n * self.pictures, 3, height, width)
         features = self.backbone(self.normalise(image)).view(n, -1)  # (N, C * pictures)
@@ -171,7 +173,7 @@ class ChipNet(Network):
             nn.Conv2d(spec.hidden, 1, 3, padding=1),
         )
         self.head = nn.Sequential(
-            nn.Dropout(spec.dropout), nn.ReLU(), nn.BatchNorm1d(self.features), nn.Linear(self.features, 1)
+            nn.Dropout(spec.dropout), nn.ReLU(), nn.BatchNorm1d(self.features), nn.Linear(self.features, spec.outputs)
         )
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
@@ -209,7 +211,7 @@ class ChipNet(Network):
         return mean_over_views(attend, image, views)
 
     def forward(self, image: torch.Tensor, meta: torch.Tensor, with_attention: bool = False):
-        """image (N, 3, S, S) -> logit (N, 1), and on demand the attention (N, h, w) behind it."""
+        """image (N, 3, S, S) -> logit (N, K), and on demand the attention (N, h, w) behind it."""
         embedding = self.embed(image)
         attention = self.weigh(embedding)
         logit = self.head((embedding * attention.unsqueeze(1)).sum(dim=(2, 3)))
@@ -320,17 +322,17 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
 
 
 @torch.inference_mode()
-def predict(model: Network, loader, device: torch.device, tta: int = 1, amp: str = "off") -> np.ndarray:
-    """Probability of every image of a loader, averaged over `tta` symmetries: float64 (N,). Raises InputError if one is
-    not finite."""
+def predict(model: Network, task: Task, loader, device: torch.device, tta: int = 1, amp: str = "off") -> np.ndarray:
+    """Predictions for every image of a loader, averaged over `tta` symmetries: float64 (N, K). Raises InputError if one
+    is not finite."""
     model.eval()
-    probs = [np.empty(0)]
+    probs = [np.empty((0, len(task.columns)))]
     for image, meta, *_ in loader:
         image, meta = image.to(device), meta.to(device)
         with autocast(device, amp):
             views = [model(dihedral(image, view), meta) for view in range(tta)]
         logit = torch.stack(views).float().cpu().double()  # MPS knows no double
-        probs.append(logit.sigmoid().mean(dim=0).squeeze(1).numpy())
+        probs.append(task.prob(logit).mean(dim=0).numpy())
     prob = np.concatenate(probs)
     if not np.isfinite(prob).all():
         raise InputError("a prediction is not a number: the network overflows; pass --amp off or a lower --lr")

@@ -28,13 +28,23 @@ from tqdm import tqdm
 import models
 import util
 from blends import BLENDS
+from calibration import calibrated
 from localize import Box, Finder, upsample
 from plumbing.data import CORNERS, MetaEncoder, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
 from plumbing.files import finish_output, open_output, provenance, sha256, write_table
-from plumbing.images import ImageIndex, configure_pillow, name_key, read_crops, read_image, read_square_or_skip
+from plumbing.images import (
+    SUFFIXES,
+    ImageIndex,
+    configure_pillow,
+    name_key,
+    read_crops,
+    read_image,
+    read_square_or_skip,
+)
 from plumbing.runs import FINDER, Run, read_run
+from tasks import task_of
 from util import BOX_SIDE, FOLD, ID, PROB, InputError
 
 CHUNK = 64  # images in memory at a time
@@ -68,9 +78,10 @@ class Single:
 
     def __init__(self, run: Run, device: torch.device, tta: int | None, amp: str):
         self.name, self.device, self.amp, self.tta = run.name, device, amp, tta or run.config["args"]["tta"]
-        self.networks, self.encoders = {}, {}
+        self.networks, self.encoders, self.tasks = {}, {}, {}
         for k in run.folds:
             self.networks[k], content = models.load_checkpoint(run.checkpoint(k), device, fold=True)
+            self.tasks[k] = task_of(content["task"])
             self.encoders[k], self.size = MetaEncoder(content["encoder"]), content["spec"]["image_size"]
         self.inputs, self.crop = models.MODELS[run.config["args"]["model"]].inputs, run.config["crop"]
         self.exact, self.finder, self.key = run.config["exact"], None, str(run.path.resolve())
@@ -93,8 +104,8 @@ class Single:
             images.looks[self.key] = Look(maps, boxes, np.concatenate(crops))
         return images.looks.get(self.key)
 
-    def predict(self, images: Images, columns: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
-        """Probability (N,) by fold; the mean goes into `columns` under the run's name."""
+    def predict(self, images: Images, found: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+        """Predictions (N, K) by fold; their mean goes into `found` under the run's name."""
         array, table = images.squares, images.table
         if self.crop is not None:
             look = self.look(images)
@@ -104,8 +115,9 @@ class Single:
         for k, network in self.networks.items():
             pixels = torch.from_numpy(array).permute(0, 3, 1, 2).split(BATCH)
             meta = torch.from_numpy(self.encoders[k].encode(table)).split(BATCH)
-            probs[k] = models.predict(network, zip(pixels, meta, strict=True), self.device, self.tta, self.amp)
-        columns[self.name] = np.mean(list(probs.values()), axis=0)
+            loader = zip(pixels, meta, strict=True)
+            probs[k] = models.predict(network, self.tasks[k], loader, self.device, self.tta, self.amp)
+        found[self.name] = np.mean(list(probs.values()), axis=0)
         return probs
 
     def meta_columns(self) -> set[str]:
@@ -117,11 +129,12 @@ class Blended:
     """A blend of runs or of further blends."""
 
     def __init__(self, run: Run, device: torch.device, tta: int | None, amp: str):
-        self.name, self.blend = run.name, BLENDS[run.config["args"]["mode"]]
+        self.name, self.task, self.blend = run.name, run.task, BLENDS[run.config["args"]["mode"]]
         used = [(member, weight) for member, weight in run.members() if weight > 0]
         self.weights = np.array([weight for _, weight in used])
         self.members = [open_predictor(member, device, tta, amp) for member, _ in used]
-        self.history = [dict(tuple(member.table("oof.csv").groupby(FOLD)[PROB])) for member, _ in used]
+        columns = run.task.columns
+        self.history = [dict(tuple(member.table("oof.csv").groupby(FOLD)[columns])) for member, _ in used]
         settings = {(member.size, member.exact) for member in self.members}
         if len(settings) > 1:
             raise InputError(f"{run.path} blends networks for images of other sizes {sorted(settings)}; blend others")
@@ -133,15 +146,17 @@ class Blended:
         looks = (member.look(images) for member in sorted(self.members, key=lambda member: member.crop is None))
         return next((look for look in looks if look is not None), None)
 
-    def predict(self, images: Images, columns: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
-        """Blended score (N,) by fold; each member's mean goes into `columns`."""
-        parts = [member.predict(images, columns) for member in self.members]
+    def predict(self, images: Images, found: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+        """Blended predictions (N, K) by fold; each member's mean goes into `found`."""
+        parts = [member.predict(images, found) for member in self.members]
         blended = {}
         for k in parts[0]:
-            pairs = zip(parts, self.history, strict=True)
-            values = [self.blend.value(part[k], history[k].to_numpy()) for part, history in pairs]
-            blended[k] = self.blend.score(np.column_stack(values) @ self.weights)
-        columns[self.name] = np.mean(list(blended.values()), axis=0)
+            histories = [history[k].to_numpy() for history in self.history]
+            pairs = zip(parts, histories, strict=True)
+            values = [self.blend.value(self.task, part[k], history) for part, history in pairs]
+            average, history = (np.tensordot(self.weights, each, axes=1) for each in (values, histories))
+            blended[k] = self.blend.score(self.task, average, history)
+        found[self.name] = np.mean(list(blended.values()), axis=0)
         return blended
 
     def meta_columns(self) -> set[str]:
@@ -163,7 +178,7 @@ def list_images(inputs: list[Path]) -> dict[str, Path]:
         if path.is_dir():
             new = {image: image.relative_to(path).as_posix() for image in ImageIndex(path).paths()}
             if not new:
-                raise InputError(f"{path} holds no jpg, jpeg or png; pass another folder")
+                raise InputError(f"{path} holds no {', '.join(SUFFIXES)}; pass another folder")
         for image, name in new.items():
             if found.setdefault(name_key(name), image) != image:
                 raise InputError(f"{found[name_key(name)]} and {image} share a name; predict them apart")
@@ -175,7 +190,9 @@ def read_meta(args: argparse.Namespace, names: list[str], needed: set[str]) -> p
     table = pd.DataFrame({ID: names})
     if args.csv is not None:
         meta = read_table(args.csv, (), args.image_col)
-        meta[ID] = meta[ID].map(name_key)
+        bare = pd.Series([name.rpartition("/")[2] for name in names])  # a csv may name files without their folders
+        path_of = dict(zip(bare[~bare.duplicated(keep=False)], table[ID][~bare.duplicated(keep=False)], strict=True))
+        meta[ID] = meta[ID].map(name_key).map(lambda name: path_of.get(name, name))
         found = table[ID].isin(meta[ID])
         if not found.any():
             raise InputError(f"{args.csv} names none of the images, such as {names[0]}; check --image_col")
@@ -200,8 +217,8 @@ def read_chunks(paths: dict[str, Path], table: pd.DataFrame, size: int, exact: b
             yield Images(table.iloc[rows], [files[row] for row in rows], np.stack(squares), list(sizes))
 
 
-def draw(path: Path, images: Images, row: int, look: Look | None, prob: float) -> None:
-    """Save the picture of one image."""
+def draw(path: Path, images: Images, row: int, look: Look | None, words: str) -> None:
+    """Save the picture of one image; words: the prediction."""
     image = read_image(images.paths[row], THUMBNAIL)[0]
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     figure = new_figure(figsize=(9, 3.2))
@@ -211,7 +228,7 @@ def draw(path: Path, images: Images, row: int, look: Look | None, prob: float) -
         axes[1].set_title(look.boxes[row].reason or "attention", fontsize=9)
         axes[2].set_title("crop", fontsize=9)
     draw_row(axes, np.asarray(image), images.sizes[row], *parts)
-    axes[0].set_title(f"{images.table[ID].iloc[row]}: {prob:.3f}", fontsize=9)
+    axes[0].set_title(f"{images.table[ID].iloc[row]}: {words}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(path, figure)
 
@@ -233,15 +250,22 @@ def main(args: argparse.Namespace) -> Path:
     output, tables, written = open_output(args.output, "predictions.json", args.overwrite, {}), [], ["predictions.csv"]
     with tqdm(total=len(paths), unit="image") as bar:
         for images in read_chunks(paths, table, predictor.size, predictor.exact, args.on_error):
-            columns: dict[str, np.ndarray] = {}
-            predictor.predict(images, columns)
-            rows = pd.DataFrame({ID: images.table[ID].to_numpy(), PROB: columns.pop(predictor.name), **columns})
+            found: dict[str, np.ndarray] = {}
+            predictor.predict(images, found)
+            prob, rows = found.pop(predictor.name), pd.DataFrame({ID: images.table[ID].to_numpy()})
+            rows[run.task.columns] = prob
+            if fit := run.metrics["calibration"]:
+                columns = [column.replace(PROB, "calibrated", 1) for column in run.task.columns]
+                rows[columns] = calibrated(run.task, prob, fit)
+            for name, values in found.items():  # of each member of a blend
+                alone = len(run.task.names) == 1
+                rows[[name] if alone else [f"{name}_{column}" for column in run.task.columns]] = values
             look = predictor.look(images)
             if look is not None:
                 rows[[*CORNERS, "confidence", "fallback"]] = [(*b.corners, b.confidence, b.reason) for b in look.boxes]
             if args.pictures:
-                for row, (name, prob) in enumerate(zip(rows[ID], rows[PROB], strict=True)):
-                    draw(output / f"{name}.png", images, row, look, prob)
+                for row, name in enumerate(rows[ID]):
+                    draw(output / f"{name}.png", images, row, look, run.task.show(prob[row]))
                     written.append(f"{name}.png")
             tables.append(rows)
             bar.update(len(rows))
@@ -251,7 +275,8 @@ def main(args: argparse.Namespace) -> Path:
     write_table(output / "predictions.csv", result)
     facts = {"run": args.run.resolve(), "sha256": {name: sha256(output / name) for name in written}}
     finish_output(output, "predictions.json", facts | provenance())
-    print(f"{len(result)} images, mean {result[PROB].mean():.3f}; wrote {output}")
+    means = ", ".join(f"{column} {result[column].mean():.3f}" for column in run.task.columns)
+    print(f"{len(result)} images, mean {means}; wrote {output}")
     return output
 
 

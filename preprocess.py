@@ -5,6 +5,7 @@ Writes  --output_dir/: {train,test}_224.npy, train.csv (with fold), test.csv, pr
 
     python preprocess.py
     python preprocess.py --train_csv my/labels.csv --image_col file --group_col patient
+    python preprocess.py --image_dir photos
 
 The array holds the centre square of every image, resized; the original's width and height go into the table, so that
 boxes found later can be cut from the original file. A stopped run goes on where it was when called again.
@@ -15,6 +16,7 @@ References:
 
 import argparse
 import hashlib
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +28,39 @@ from plumbing.arrays import Filling, PartialArray, array_path
 from plumbing.data import check_groups, folds_sha256, groups_of, read_table
 from plumbing.files import finish_output, open_output, provenance, read_csv, sha256, write_table
 from plumbing.images import ImageIndex, configure_pillow, name_key, read_square_or_skip
-from tasks import read_target
+from tasks import KINDS, Task, find_task, read_target, some_of
 from util import EXTERNAL, FOLD, ID, OWN_COLUMNS, TARGET, InputError
 
 EXAMPLE_CSV = Path("example_data/train.csv")
 
 
 # ---------------------------------------------------------------- tables
+def read_folders(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
+    """Tables by split of images in folders without a csv: those of --image_dir lie in a folder for each class, those of
+    --test_image_dir anywhere below it. Raises InputError if there are none, or one lies in no class folder."""
+    tables = {}
+    test_dir = None if args.test_csv else args.test_image_dir
+    for split, folders in (("train", args.image_dir), ("test", test_dir)):
+        found = [path.relative_to(folder) for folder in folders or () for path in ImageIndex(folder).paths()]
+        if folders and not found:
+            raise InputError(f"{', '.join(map(str, folders))} has no images; pass another folder")
+        if found:
+            table = pd.DataFrame({ID: [name_key(path.as_posix()) for path in found]})
+            if split == "train":
+                table[args.target_col[0]] = [path.parts[0] for path in found]
+                for path in (path for path in found if len(path.parts) == 1):
+                    raise InputError(f"{path} lies in no class folder of {folders[0]}; move it, or pass --train_csv")
+            tables[split] = table[:: max(1, len(table) // (args.limit or len(table)))]  # --limit: of all classes
+    return tables
+
+
 def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
-    """Input tables by split; test.csv and sample_submission.csv are looked for beside the table they belong to."""
+    """Input tables by split, or folders if there is no table; test.csv and sample_submission.csv are looked for beside
+    the table they belong to."""
+    if args.train_csv is None:
+        test = args.test_csv or (args.test_image_dir or [None])[0]
+        found = {"train": args.image_dir[0], "test": test, "extra": args.extra_csv}
+        return {split: path for split, path in found.items() if path is not None}
     beside = (args.test_csv or args.train_csv).parent
     inputs = {"train": args.train_csv, "test": args.test_csv or beside / "test.csv", "extra": args.extra_csv}
     if args.test_csv is None and not inputs["test"].exists():
@@ -45,29 +71,50 @@ def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def read_labels(path: Path, args: argparse.Namespace, labelled: bool) -> pd.DataFrame:
-    """Read an input table and give its columns the project's names; groups stay text."""
+    """Read an input table; groups stay text."""
     group = () if args.group_col == "none" else (args.group_col,)
-    table = read_table(path, [args.target_col] if labelled else [], args.image_col, text=group)
-    taken = [*OWN_COLUMNS, *([TARGET] if labelled and args.target_col != TARGET else [])]
-    for column in (column for column in taken if column in table):
+    table = read_table(path, args.target_col if labelled else [], args.image_col, text=group)
+    for column in (column for column in ("width", "height") if column in table):
+        print(f"{path}: column {column} is replaced by that of the upright image")
+        table = table.drop(columns=column)
+    for column in (column for column in OWN_COLUMNS if column in table):
         raise InputError(f"{path} has a column {column!r}, which this project writes; rename or remove it")
-    table = table.rename(columns={args.target_col: TARGET} if labelled else {})[: args.limit]
-    if labelled:
-        table[TARGET] = read_target(table, path, args.positive)
-    return table
+    return table[: args.limit]
 
 
-def read_inputs(args: argparse.Namespace, inputs: dict[str, Path]) -> dict[str, pd.DataFrame]:
-    """Input tables by split. Raises InputError for whatever can be known to be wrong before an image is read."""
-    if len({args.image_col, args.target_col, args.group_col}) < 3:
-        raise InputError("--image_col, --target_col and --group_col name one column; pass three")
-    tables = {s: read_labels(inputs[s], args, s != "test") for s in ("train", "extra", "test") if s in inputs}
+def with_target(table: pd.DataFrame, task: Task, path: Path, columns: list[str]) -> pd.DataFrame:
+    """A table with the target as numbers, in the task's columns in place of the given ones."""
+    target = read_target(task, table, path, columns)
+    for column in (column for column in task.targets if column in table and column not in columns):
+        raise InputError(f"{path} has a column {column!r}, which this project writes; rename or remove it")
+    place, rest = table.columns.get_loc(columns[0]), table.drop(columns=columns)
+    whole = [values.astype(int) if np.isfinite(values).all() and task.classes else values for values in target.T]
+    for i, (column, values) in enumerate(zip(task.targets, whole, strict=True)):
+        rest.insert(min(place + i, rest.shape[1]), column, values)
+    return rest
+
+
+def read_inputs(args: argparse.Namespace, inputs: dict[str, Path]) -> tuple[dict[str, pd.DataFrame], Task]:
+    """(input tables by split, what the target is). Raises InputError for whatever can be known to be wrong before an
+    image is read."""
+    if len({args.image_col, *args.target_col, args.group_col}) < 2 + len(args.target_col):
+        raise InputError("--image_col, --target_col and --group_col name one column; pass different ones")
+    folders = read_folders(args) if args.train_csv is None else {}
+    tables = {split: folders[split] if split in folders else read_labels(inputs[split], args, split != "test")
+              for split in ("train", "extra", "test") if split in inputs}  # fmt: skip
+    train_path = inputs["train"]
+    how = args.task, args.positive, args.metric, args.ordinal
+    task = find_task(tables["train"], train_path, args.target_col, *how)
+    for split in ("train", "extra"):
+        if split in tables:
+            tables[split] = with_target(tables[split], task, inputs[split], args.target_col)
     names = {split: set(table[ID].map(name_key)) for split, table in tables.items()}
     if twice := names["train"] & names.get("extra", set()):
-        raise InputError(f"{args.train_csv} and {args.extra_csv} both have an image {min(twice)!r}; rename one")
+        raise InputError(f"{train_path} and {args.extra_csv} both have an image {min(twice)!r}; rename one")
     col = group_column(tables["train"], args)
     groups = {split: groups_of(table, col if col in table else None) for split, table in tables.items()}
-    fold = {"train": assign_folds(tables["train"][TARGET].to_numpy(), groups["train"], args.n_folds, args.seed)}
+    target = tables["train"][task.targets].to_numpy(float)
+    fold = {"train": assign_folds(task, target, groups["train"], args.n_folds, args.seed)}
     for split, others in (("train", fold["train"]), ("test", np.full(len(groups.get("test", ())), EXTERNAL - 1))):
         if "extra" in groups and split in groups:
             both = np.concatenate([groups["extra"], groups[split]])
@@ -81,8 +128,10 @@ def read_inputs(args: argparse.Namespace, inputs: dict[str, Path]) -> dict[str, 
         odd = sorted(set(sample[id_col].map(name_key)) ^ names["test"])
         if odd and args.limit is None:
             raise InputError(f"{path} and {inputs['test']} name other images: only one has {odd[0]!r}; repair it")
+        if len(task.names) > 1:
+            task.submit(np.zeros((1, len(task.names))), list(sample)[1:])  # raises InputError if it lacks a label
         tables["sample_submission"] = sample
-    return tables
+    return tables, task
 
 
 # ---------------------------------------------------------------- folds
@@ -99,25 +148,29 @@ def group_column(table: pd.DataFrame, args: argparse.Namespace) -> str | None:
     )
 
 
-def assign_folds(target: np.ndarray, group: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
-    """Held-out fold of every row (N,), stratified by target, groups kept whole. The seed permutes the groups before an
-    unshuffled split. Raises InputError if a fold would lack one of the classes."""
+def assign_folds(task: Task, target: np.ndarray, group: np.ndarray, n_folds: int, seed: int) -> np.ndarray:
+    """Held-out fold of every row (N,), stratified by target (N, T), groups kept whole. The seed permutes the groups
+    before an unshuffled split. Raises InputError if a fold lacks a class, or a label is in one fold only."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     code, names = pd.factorize(group)
-    for label in (0, 1):
-        if (found := len(np.unique(code[target == label]))) < n_folds:
-            raise InputError(f"class {label} has only {found} groups, too few for {n_folds} folds; pass a smaller "
-                             "--n_folds or more data")  # fmt: skip
+    advice, needed = "pass a smaller --n_folds, another --seed or more data", n_folds if task.in_every_fold else 2
+    for name, member in zip(task.classes, task.members(target).T, strict=True):
+        if (found := len(np.unique(code[member]))) < needed:
+            raise InputError(f"{name!r} has only {found} groups, too few for {n_folds} folds; {advice}")
+    if len(names) < n_folds:
+        raise InputError(f"{len(names)} groups are too few for {n_folds} folds; {advice}")
     if len(names) == len(group):  # every row is a group of its own
         splitter, code = StratifiedKFold(n_folds, shuffle=True, random_state=seed), None
     else:
         splitter, code = StratifiedGroupKFold(n_folds), np.random.default_rng(seed).permutation(len(names))[code]
-    fold = np.full(len(target), -1)
-    for k, (_, held_out) in enumerate(splitter.split(target, target, code)):
-        fold[held_out] = k
-        if len(np.unique(target[held_out])) < 2:
-            raise InputError(f"fold {k} would hold one class only; pass a smaller --n_folds or another --seed")
+    fold, strata = np.full(len(target), -1), task.strata(target)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of strata rarer than there are folds
+        for k, (_, held_out) in enumerate(splitter.split(strata, strata, code)):
+            fold[held_out] = k
+    for name, member in zip(task.classes, task.members(target).T, strict=True):
+        if (found := len(np.unique(fold[member]))) < needed:
+            raise InputError(f"{name!r} would be in {found} of {n_folds} folds; {advice}")
     return fold
 
 
@@ -159,8 +212,14 @@ def fill_array(table: pd.DataFrame, paths: list, path: Path, args) -> tuple[Part
 def main(args: argparse.Namespace) -> Path:
     """Write the arrays and tables; returns their directory."""
     configure_pillow()
+    if args.train_csv is None:
+        folders = {"train_csv": None if args.image_dir else EXAMPLE_CSV}
+        folders |= {"group_col": "none"} if args.image_dir else {}
+        args = argparse.Namespace(**vars(args) | folders)
     inputs = find_inputs(args)
-    tables = read_inputs(args, inputs)
+    tables, task = read_inputs(args, inputs)
+    many = f"{len(task.classes)} {'classes' if task.in_every_fold else 'labels'} ({some_of(task.classes)})"
+    print(f"target: {many if task.classes else task.names[0]}, {task.kind}, judged by {task.metric}")
     splits = [split for split in ("train", "extra", "test") if split in inputs]
     image_dirs = {split: args.image_dir or [inputs[split].parent / "images"] for split in splits}
     if args.test_image_dir and "test" in tables:
@@ -197,26 +256,27 @@ def main(args: argparse.Namespace) -> Path:
     train, col = tables["train"], group_column(tables["train"], args)
     group, own = groups_of(train, col), np.flatnonzero(~external)
     train[FOLD] = EXTERNAL  # again without the images left out
-    train.loc[own, FOLD] = assign_folds(train[TARGET].to_numpy()[own], group[own], args.n_folds, args.seed)
+    target = train[task.targets].to_numpy(float)
+    train.loc[own, FOLD] = assign_folds(task, target[own], group[own], args.n_folds, args.seed)
     check_groups(group, train[FOLD].to_numpy(), f"{args.train_csv} and {args.extra_csv}")
-    columns, sample = [args.image_col, args.target_col], tables.get("sample_submission")
-    if sample is not None:
-        columns = [sample.columns[0], [*sample.columns, args.target_col][1]]
+    columns = [args.image_col, *(args.target_col if len(task.names) == 1 else task.names)]
+    if (sample := tables.get("sample_submission")) is not None:
+        columns = [*sample, *args.target_col][: 2 if len(task.names) == 1 else len(sample.columns)]
         tables["sample_submission"] = sample[sample[columns[0]].map(name_key).isin(tables["test"][ID].map(name_key))]
     for split in sorted(tables):
         write_table(folder / f"{split}.csv", tables[split])
         written.append(folder / f"{split}.csv")
     facts = {
         "size": args.size, "n_folds": args.n_folds, "seed": args.seed, "group_col": col, "exact": args.exact,
-        "submission_columns": columns, "folds_sha256": folds_sha256(train),
+        "submission_columns": columns, "folds_sha256": folds_sha256(train, task), "task": task.facts(),
         "image_dirs": {split: [str(path.resolve()) for path in dirs] for split, dirs in image_dirs.items()},
-        "inputs": {str(path): sha256(path) for path in inputs.values()},
+        "inputs": {str(path): sha256(path) for path in inputs.values() if path.is_file()},
         "sha256": {path.name: sha256(path) for path in written},
     }  # fmt: skip
     finish_output(folder, "preprocess.json", facts | provenance())
     for k, rows in train.groupby(FOLD):
         name = "in no fold, external" if k == EXTERNAL else f"fold {k}"
-        print(f"{name}: {len(rows)} images, {rows[TARGET].sum()} positive")
+        print(f"{name}: {len(rows)} images{task.sum_up(rows[task.targets].to_numpy(float))}")
     print(f"wrote {folder}")
     return folder
 
@@ -226,14 +286,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__, "workers", "on_error", "limit", "overwrite")
     add = parser.add_argument
-    add("--train_csv", type=Path, default=EXAMPLE_CSV, help="table of labels")
+    add("--train_csv", type=Path, help="table of labels [a folder per class in --image_dir, or else the example]")
     add("--test_csv", type=Path, help="table to predict [test.csv beside train]")
     add("--extra_csv", type=Path, help="external images to train on in every fold, never scored")
     add("--image_dir", type=Path, nargs="+", help="originals, with their subfolders [images/ beside each table]")
     add("--test_image_dir", type=Path, nargs="+", help="originals of the test table, if elsewhere")
     add("--image_col", default=ID, help="column of image names, or paths below --image_dir")
-    add("--target_col", default=TARGET, help="column of labels, 0 or 1")
-    add("--positive", help="the label that counts as 1, all others as 0")
+    add("--target_col", nargs="+", default=[TARGET], help="column of labels, or several columns of 0 and 1")
+    add("--task", choices=tuple(KINDS), help="kind of target [what the labels look like]")
+    add("--positive", help="the word that counts as 1, all others as 0 [of two words the rarer one]")
+    metrics = dict.fromkeys(metric for kind in KINDS.values() for metric in kind.metrics)
+    add("--metric", choices=tuple(metrics), help="main score [auc; multilabel ap; regression mae]")
+    add("--ordinal", action="store_true", help="classes are in order: adds the quadratic kappa")
     add("--group_col", default="patient_id", help="column that folds keep whole, or none")
     add("--output_dir", type=Path, default=Path("data"), help="where to write")
     add("--size", type=util.COUNT, default=224, help="side in pixels")

@@ -33,15 +33,15 @@ import dataset
 import fsg
 import models
 import util
-from losses import LOSSES, average_of, epoch_seed, guide_loss, loss_of_prob, lr_factor, mix_and_smooth
+from losses import average_of, epoch_seed, guide_loss, loss_of, loss_of_prob, lr_factor, mix_and_smooth
 from plumbing import gates, runs
 from plumbing.backbones import read_torch_file
 from plumbing.data import Data, read_data
 from plumbing.distributed import Team
 from plumbing.files import atomic, provenance, write_table
 from plumbing.guards import check_inputs, fold_weights
-from tasks import pick_rows, weighted_auc
-from util import FOLD, ID, PROB, TARGET, InputError, Stopped
+from tasks import KINDS, Task, main_score, pick_rows
+from util import FOLD, ID, InputError, Stopped
 
 GATE_DEFAULTS = {"gate_init": "identity", "gate_lr": 1e-3, "gate_l1": 0.0, "routing": "single"}
 
@@ -53,27 +53,27 @@ class Progress:
 
     epochs: int = 0
     best_epoch: int = 0
-    last_valid_auc: float = -1.0
-    best_valid_auc: float = -1.0
+    last_score: float = -math.inf  # the main score of the held-out fold, negative if less of it is better
+    best_score: float = -math.inf
     seconds: float = 0.0
     log: list[dict] = field(default_factory=list)  # a row per epoch
     gates: list[torch.Tensor] = field(default_factory=list)  # all gates after each epoch
 
-    def note(self, row: dict) -> bool:
-        """Add an epoch by its row of the log; returns whether it is the best so far."""
-        self.epochs, self.last_valid_auc, self.seconds = row["epoch"], row["valid_auc"], self.seconds + row["seconds"]
+    def note(self, row: dict, score: float) -> bool:
+        """Add an epoch by its row of the log and its score; returns whether it is the best so far."""
+        self.epochs, self.last_score, self.seconds = row["epoch"], score, self.seconds + row["seconds"]
         self.log.append(row)
-        if self.last_valid_auc > self.best_valid_auc:
-            self.best_valid_auc, self.best_epoch = self.last_valid_auc, self.epochs
+        if self.last_score > self.best_score:
+            self.best_score, self.best_epoch = self.last_score, self.epochs
         return self.best_epoch == self.epochs
 
 
 def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team: Team, deadline: float) -> None:
     """Fit a network on all folds but k, keep its best epoch, predict fold k and the test images."""
-    images, encoder = dataset.make_images(data, k, args, models.MODELS[args.model])
-    train, valid, device = images["train"], images["valid"], team.device
+    images, encoder, task = dataset.make_images(data, k, args, models.MODELS[args.model])
+    train, valid, device, strata = images["train"], images["valid"], team.device, task.strata(data.target)
     torch.manual_seed(epoch_seed(args.seed, k, 0))  # initial weights
-    spec = make_spec(args, data.size, encoder.dim)
+    spec, weight = make_spec(args, data, encoder.dim), torch.tensor(args.pos_weight, device=device)
     model = models.build_model(spec, fold_weights(args.weights, data, k)).to(device)
     model.ignore_meta((train.meta == 0).all(axis=0))  # columns that were never filled in training shift nothing
     average = average_of(model, args.ema)
@@ -82,9 +82,11 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
     network = torch.compile(network, mode=args.compile) if args.compile else network
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     routing = make_routing(args, model, network, scaler)
-    loader = dataset.TrainLoader(train, args.sampler, args.batch_size, args.accumulate, args.workers, team)
+    how = args.sampler, args.batch_size, args.accumulate, args.workers
+    loader = dataset.TrainLoader(train, strata[train.rows], *how, team)
     valid_loader = dataset.eval_loader(valid, team.rows(len(valid)), args.batch_size, args.workers)
-    about = {"trained_on": {"folds_sha256": data.folds_sha256, "fold": k}, "encoder": encoder.columns}
+    about = {"trained_on": {"folds_sha256": data.folds_sha256, "fold": k}}
+    about |= {"encoder": encoder.columns, "task": task.facts()}
     parts = {"model": model, "average": average, "scaler": scaler}
     parts |= {"optimizer": routing.optimizer, "gate_optimizer": routing.gate_optimizer}
     last_path, best_path = run_dir / f"fold{k}_last.pt", run_dir / f"fold{k}_best.pt"
@@ -102,13 +104,13 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
         for step, (n_images, batches) in enumerate(bar):  # batches: the parts of this process, --accumulate of them
             torch.manual_seed(seed + step * team.size + team.rank)  # dropout and mixup
 
-            def loss_of(batch: dataset.Batch) -> torch.Tensor:
-                batch = mix_and_smooth(batch.to(device), args.mixup, args.label_smoothing)
+            def loss_of_part(batch: dataset.Batch) -> torch.Tensor:
+                batch = mix_and_smooth(batch.to(device), args.mixup, args.label_smoothing, task.neutral)
                 guided = batch.guide.numel() > 0
                 with models.autocast(device, args.amp):
                     output = network(batch.image, batch.meta, **({"with_attention": True} if guided else {}))
                 logit, attention = output if guided else (output, None)
-                loss = LOSSES[args.loss](logit.float(), batch.target, pos_weight=args.pos_weight)
+                loss = loss_of(task, args.loss, logit.float(), batch.goal, weight)
                 if guided:
                     loss = loss + args.guide_weight * guide_loss(attention.float(), batch.guide)
                 if args.gate_l1:
@@ -116,7 +118,7 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
                 # gradients of parts add up, those of processes are averaged: together the mean over the whole batch
                 return (batch.weight * loss).sum() * team.size / n_images  # noqa: B023
 
-            losses.append(routing.step(loss_of, batches))  # backward, clip, step
+            losses.append(routing.step(loss_of_part, batches))  # backward, clip, step
             counts.append(n_images)
             if average is not None:
                 average.update_parameters(model)
@@ -128,29 +130,29 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
         team.sync_buffers(*(part for part in (model, average) if part is not None))
 
         # ---- score the held-out fold
-        prob = predict(scored, valid_loader, args, team)
+        prob = predict(scored, task, valid_loader, args, team)
         row = {FOLD: k, "epoch": epoch, "train_loss": train_loss}
-        row |= {"valid_loss": loss_of_prob(args.loss, prob, valid.target)}
-        row |= {"valid_auc": weighted_auc(valid.target, prob)}
+        row["valid_loss"] = loss_of_prob(task, args.loss, prob, valid.goal)
+        row |= {f"valid_{task.metric}": task.metrics[task.metric].of(data.target[valid.rows], prob)}
         row |= {"lr": routing.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
-        improved = progress.note(row | {"images_per_second": rate})
+        improved = progress.note(row | {"images_per_second": rate}, main_score(task, data.target[valid.rows], prob))
         progress.gates += [gates.flat_gates(scored)] if args.fsg else []
 
         # ---- write; a stop after this loses nothing
         if team.leads:
             if improved:
                 models.save_checkpoint(best_path, scored, spec, epoch=epoch, **about)
-            save_progress(last_path, parts, progress)
+            save_progress(last_path, parts, progress, task.metric)
         if team.mean(time.monotonic() > deadline) > 0:
             raise Stopped(f"--max_hours {args.max_hours:g} are over after {where}; the same with --resume goes on")
 
     team.wait()  # the best epoch is on the disk
-    finish_fold(k, args, data, run_dir, team, images, progress)
+    finish_fold(k, args, data, run_dir, team, images, task, progress)
 
 
-def predict(model: models.Network, loader, args: argparse.Namespace, team: Team, tta: int = 1) -> np.ndarray:
-    """Probabilities of a whole data set (N,), of which every process loads and predicts its own rows."""
-    return team.gather(models.predict(model, loader, team.device, tta, args.amp), len(loader.dataset.dataset))
+def predict(model: models.Network, task: Task, loader, args, team: Team, tta: int = 1) -> np.ndarray:
+    """Predictions of a whole data set (N, K), of which every process loads and predicts its own rows."""
+    return team.gather(models.predict(model, task, loader, team.device, tta, args.amp), len(loader.dataset.dataset))
 
 
 def make_routing(args: argparse.Namespace, model, network, scaler) -> fsg.GradientRouting:
@@ -174,13 +176,14 @@ def check_finite(losses: list[torch.Tensor], batches: list | None, run_dir: Path
         raise InputError(f"{where}: the loss is {losses[0].item()}, see {path}; pass a lower --lr or --clip_grad")
 
 
-def save_progress(path: Path, parts: dict, progress: Progress) -> None:
+def save_progress(path: Path, parts: dict, progress: Progress, metric: str) -> None:
     """Save all that training needs to go on, and the log of the epochs."""
     write_table(path.with_name(path.name.replace("_last.pt", "_log.csv")), pd.DataFrame(progress.log))
     state = {name: part.state_dict() for name, part in parts.items() if part is not None}
     models.save_plain(path, state=state, progress=asdict(progress))
     tqdm.write("fold {fold} epoch {epoch:2d}: train loss {train_loss:.4f}, held-out loss {valid_loss:.4f}, "
-               "AUC {valid_auc:.4f}, {images_per_second:.0f} images/s".format(**progress.log[-1]))  # fmt: skip
+               "{metric} {score:.4f}, {images_per_second:.0f} images/s".format(
+                   metric=metric, score=progress.log[-1][f"valid_{metric}"], **progress.log[-1]))  # fmt: skip
 
 
 def load_progress(path: Path, parts: dict) -> Progress:
@@ -195,30 +198,33 @@ def load_progress(path: Path, parts: dict) -> Progress:
         raise InputError(f"{path} cannot be resumed ({error}); pass --overwrite to start the run anew") from None
 
 
-def finish_fold(k: int, args, data: Data, run_dir: Path, team: Team, images: dict, progress: Progress) -> None:
+def finish_fold(k: int, args, data: Data, run_dir: Path, team: Team, images: dict, task: Task, progress) -> None:
     """Predict with the best epoch; write what a finished fold leaves: its gates, predictions, and last its facts."""
     model = models.load_checkpoint(run_dir / f"fold{k}_best.pt", team.device)[0]
     valid, tables = images["valid"], {}
     for part in sorted(images.keys() - {"train"}):  # in the same order in all processes
         ids = (data.test if part == "test" else data.train)[ID].to_numpy()[images[part].rows]
         loader = dataset.eval_loader(images[part], team.rows(len(ids)), args.batch_size, args.workers)
-        tables[part] = pd.DataFrame({ID: ids, FOLD: k, PROB: predict(model, loader, args, team, args.tta)})
-    tables["valid"].insert(2, TARGET, valid.target)
+        tables[part] = pd.DataFrame({ID: ids, FOLD: k})
+        if part == "valid":
+            tables[part][task.targets] = data.train[task.targets].to_numpy()[valid.rows]
+        tables[part][task.columns] = predict(model, task, loader, args, team, args.tta)
     if not team.leads:
         return
     if args.fsg:
-        some = pick_rows(valid.target, np.arange(len(valid)), gates.PRUNE_ROWS)
+        target = data.target[valid.rows]
+        some = pick_rows(task.strata(target), np.arange(len(valid)), gates.PRUNE_ROWS)
         loader = dataset.eval_loader(valid, some, args.batch_size, workers=0)
-        prob_of = partial(models.predict, loader=loader, device=team.device, amp=args.amp)
-        gates.record_gates(run_dir, k, model, progress.gates, prob_of, valid.target[some])
+        prob_of = partial(models.predict, task=task, loader=loader, device=team.device, amp=args.amp)
+        gates.record_gates(run_dir, k, model, progress.gates, prob_of, partial(main_score, task, target[some]))
     facts = {key: value for key, value in asdict(progress).items() if key not in ("log", "gates")}
     facts |= {"train_rows": len(images["train"])} | provenance()
     runs.write_fold(run_dir, k, facts, tables["valid"], tables.get("test"))
 
 
 # ---------------------------------------------------------------- inputs
-def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
-    """A copy of the arguments in which what depends on the model is filled in; InputError if they contradict."""
+def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
+    """A copy of the arguments in which what depends on model and task is filled in; InputError if they contradict."""
     recipe = models.MODELS[args.model]
     args = argparse.Namespace(**vars(args))
     for key in ("backbone", "lr", "head_lr", "hidden"):
@@ -227,6 +233,12 @@ def fill_defaults(args: argparse.Namespace) -> argparse.Namespace:
     if "crop" in recipe.inputs and args.crop_dir is None:
         args.crop_dir = args.data_dir / "crops" / "chipnet"
     args.name, args.fsg = args.name or args.model, args.fsg or recipe.gated
+    args.loss = args.loss or next(iter(task.losses()))
+    if args.loss not in task.losses():
+        raise InputError(f"--loss {args.loss} is not for {task.kind} targets; pass {', '.join(task.losses())}")
+    if len(args.pos_weight) not in (1, len(task.names)):
+        raise InputError(f"--pos_weight has {len(args.pos_weight)} values; pass one, or {len(task.names)}: of "
+                         f"{', '.join(task.names)[:200]}")  # fmt: skip
     if args.guide is not None and not hasattr(recipe.network, "attention"):
         raise InputError(f"--guide is for networks with an attention such as chipnet; leave it out for {args.model}")
     for key, default in GATE_DEFAULTS.items():
@@ -245,24 +257,28 @@ def parse_folds(words: list[str], n_folds: int) -> list[int]:
     return sorted(range(n_folds) if words == ["all"] else {int(word) for word in words})
 
 
-def make_spec(args: argparse.Namespace, image_size: int, meta_dim: int = 0) -> models.Spec:
+def make_spec(args: argparse.Namespace, data: Data, meta_dim: int = 0) -> models.Spec:
     """What models.build_model needs to rebuild the network."""
-    return models.Spec(args.model, args.backbone, image_size, meta_dim, args.hidden, args.dropout, args.gate_init)
+    sizes = {"image_size": data.size, "meta_dim": meta_dim, "outputs": len(data.task.names)}
+    parts = {"hidden": args.hidden, "dropout": args.dropout, "gates": args.gate_init}
+    return models.Spec(args.model, args.backbone, **sizes, **parts)
 
 
 def main(args: argparse.Namespace) -> Path:
     """Train the folds asked for; returns the run directory."""
-    args, hours = fill_defaults(args), math.inf if args.max_hours is None else args.max_hours
-    deadline = time.monotonic() + 3600 * hours
+    deadline = time.monotonic() + (math.inf if args.max_hours is None else 3600 * args.max_hours)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    team, data, run_dir = Team.join(args.device), read_data(args.data_dir), args.runs_dir / args.name
+    team, data = Team.join(args.device), read_data(args.data_dir)
+    args = fill_defaults(args, data.task)
+    run_dir = args.runs_dir / args.name
     folds = parse_folds(args.fold, data.facts["n_folds"])
     inputs, crop = check_inputs(args, data, folds, models.MODELS[args.model].network.uses_meta)
-    models.build_model(make_spec(args, data.size), fold_weights(args.weights, data, folds[0]))  # fails before it writes
+    models.build_model(make_spec(args, data), fold_weights(args.weights, data, folds[0]))  # fails before it writes
     paths = {key: str(value.resolve()) for key, value in vars(args).items() if isinstance(value, Path)}
     config = {"args": vars(args) | paths, "inputs": inputs, "crop": crop, "exact": data.facts["exact"]}
+    config["task"] = data.task.facts()
     opened = runs.open_run(run_dir, config | provenance(), folds, args.resume, args.overwrite) if team.leads else None
     folds = team.from_leader(opened)
     # folds side by side if every process gets as many, else all processes together on one fold after the other
@@ -303,8 +319,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     fit("--epochs", type=count, default=20, help="at most")
     fit("--patience", type=count, default=3, help="epochs without a better AUC")
     fit("--batch_size", type=count, default=64, help="images per step")
-    fit("--loss", choices=sorted(LOSSES), default="focal", help="focal: gamma 2")
-    fit("--sampler", choices=("balanced", "shuffle"), default="balanced", help="balanced: both classes equally often")
+    losses = dict.fromkeys(loss for kind in KINDS.values() for loss in kind.losses())
+    fit("--loss", choices=tuple(losses), help="focal has gamma 2 [focal; of a quantity smooth_l1]")
+    fit("--sampler", choices=("balanced", "shuffle"), default="balanced", help="balanced: all classes equally often")
     fit("--lr", type=positive, help="of the backbone [1e-5; chipnet 5e-5]")
     fit("--head_lr", type=positive, help="of the rest [5e-5; chipnet 1e-4]")
     fit("--schedule", choices=("exponential", "cosine"), default="exponential", help="x .95 per epoch; or with warm-up")
@@ -312,8 +329,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     fit("--guide", type=Path, help="crops of crop.py --source saliency whose maps the attention should resemble")
     fit("--guide_weight", type=positive, default=1.0, help="of that likeness")
     extra = parser.add_argument_group("extras").add_argument
-    extra("--pos_weight", type=positive, default=1.0, help="of positive images in the loss")
-    extra("--label_smoothing", type=share, default=0.0, help="share of both labels in every target")
+    extra("--pos_weight", type=positive, nargs="+", default=[1.0], help="of positives in the loss, or of each class")
+    extra("--label_smoothing", type=share, default=0.0, help="share of all labels in every target")
     extra("--mixup", type=positive, default=0.0, help="mix pairs of a batch, or of its parts, by Beta(MIXUP, MIXUP)")
     extra("--clip_grad", type=positive, help="largest norm of the gradients of the weights, and of the gates")
     extra("--accumulate", type=count, default=1, help="parts in which a batch is forwarded, for less memory")

@@ -25,7 +25,7 @@ import lesions
 import numpy as np
 from tqdm import tqdm
 
-import tasks
+import scores
 import util
 from plumbing.data import Data, read_data
 from plumbing.runs import read_run
@@ -52,13 +52,13 @@ def train(arm: str, seed: int, data: Data, args: argparse.Namespace) -> Path:
 def ranks(run_dir: Path, data: Data) -> np.ndarray:
     """Out-of-fold ranks of a run in the order of the train table (N,)."""
     oof = read_run(run_dir).table("oof.csv").set_index(ID).loc[data.train[ID]]
-    return tasks.rank_in_fold(oof[PROB].to_numpy(), oof[FOLD].to_numpy())
+    return scores.rank_in_fold(oof[[PROB]].to_numpy(), oof[FOLD].to_numpy())[:, 0]
 
 
 def make_blends(found: dict[str, list[np.ndarray]]) -> dict[str, dict[tuple, np.ndarray]]:
     """What is compared, by name: {(arm, seed) of every member: sum of their scores (N,)}. found: scores by arm, one per
     seed."""
-    nets = {arm: {(arm, seed): score for seed, score in enumerate(scores)} for arm, scores in found.items()}
+    nets = {arm: {(arm, seed): score for seed, score in enumerate(each)} for arm, each in found.items()}
     blends = {arm: {(net,): score for net, score in each.items()} for arm, each in nets.items()}
     blends[CONTROL] = {pair: sum(map(nets["full"].get, pair)) for pair in combinations(nets["full"], 2)}
     for arm in ("crop", "oracle", "fusion"):
@@ -83,10 +83,10 @@ def draw_trainings(nets: set[tuple], rng: np.random.Generator) -> dict[tuple, in
 
 def compare(blends: dict, target: np.ndarray, group: np.ndarray) -> dict[str, tuple]:
     """(AUC, its spread over seeds, gain over the control, low, high) by name."""
-    ranked = {name: [tasks.Ranked(target, score) for score in each.values()] for name, each in blends.items()}
+    ranked = {name: [scores.Ranked(target, score) for score in each.values()] for name, each in blends.items()}
     nets = {net for each in blends.values() for members in each for net in members}
     rng, gains = np.random.default_rng(1), {name: [] for name in blends}
-    for weight in tqdm(tasks.bootstrap_weights(group), unit="sample"):
+    for weight in tqdm(scores.bootstrap_weights(group), unit="sample"):
         drawn, sample = draw_trainings(nets, rng), {}
         for name, each in blends.items():
             times = [np.prod([drawn[net] for net in members]) for members in each]
@@ -96,7 +96,7 @@ def compare(blends: dict, target: np.ndarray, group: np.ndarray) -> dict[str, tu
     point = {name: np.array([one.auc() for one in each]) for name, each in ranked.items()}
     return {
         name: (aucs.mean(), aucs.std(ddof=len(aucs) > 1), aucs.mean() - point[CONTROL].mean(),
-               *tasks.interval(gains[name]))
+               *scores.interval(gains[name]))
         for name, aucs in point.items()
     }  # fmt: skip
 
@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"\n{name}: {rows.sum()} images, {target[rows].sum()} positive, {len(args.seeds)} seeds, "
               f"{data.facts['n_folds']} folds, {data.size} px\n")  # fmt: skip
         print("| | AUC | sd over seeds | against full + full |\n|---|---|---|---|")
-        blends = make_blends({arm: [score[rows] for score in scores] for arm, scores in found.items()})
+        blends = make_blends({arm: [score[rows] for score in each] for arm, each in found.items()})
         for arm, (auc, spread, gain, low, high) in compare(blends, target[rows], group[rows]).items():
             print(f"| {arm} | {auc:.3f} | {spread:.3f} | {gain:+.3f} [{low:+.3f}, {high:+.3f}] |")
 

@@ -21,7 +21,7 @@ from plumbing.data import CORNERS, read_data, read_table
 from plumbing.figures import draw_row, new_figure, save_figure
 from plumbing.images import read_image
 from plumbing.runs import Run, read_run
-from tasks import weighted_auc
+from scores import auc
 from util import ID, TARGET
 
 PER_CLASS = 4
@@ -31,7 +31,7 @@ HERE = Path(__file__).parent
 def test_auc(run: Run, labels: pd.Series) -> float:
     """AUC of a run's submission on the example test set."""
     submission = read_table(run.path / "submission.csv", [TARGET])
-    return weighted_auc(labels[submission[ID]].to_numpy(), submission[TARGET].to_numpy())
+    return auc(labels[submission[ID]].to_numpy(), submission[TARGET].to_numpy())
 
 
 def print_table(runs: list[Run], labels: pd.Series) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pandas as pd
 from plumbing.arrays import array_path
 from plumbing.files import check_hashes, read_csv, read_json
 from plumbing.images import name_key
-from util import BOX_SIDE, EXTERNAL, FOLD, ID, PLACE, TARGET, InputError
+from tasks import Task, as_words, task_of
+from util import BOX_SIDE, EXTERNAL, FOLD, ID, PLACE, InputError
 
 META_COLUMNS = ("sex", "age_approx", "anatom_site_general_challenge")  # of ISIC 2020
 CORNERS = ["x0", "y0", "x1", "y1"]  # of a box, in pixels of the original
@@ -64,9 +64,9 @@ def check_groups(group: np.ndarray, fold: np.ndarray, what: str) -> None:
         raise InputError(f"{what}: {name} is in folds {folds}, trained on and scored; remove rows or preprocess again")
 
 
-def folds_sha256(table: pd.DataFrame) -> str:
+def folds_sha256(table: pd.DataFrame, task: Task) -> str:
     """Hash of which image is in which fold with which target: what all stages must share."""
-    return hashlib.sha256(table[[ID, TARGET, FOLD]].to_csv(index=False).encode()).hexdigest()
+    return hashlib.sha256(table[[ID, *task.targets, FOLD]].to_csv(index=False).encode()).hexdigest()
 
 
 @dataclass
@@ -90,6 +90,16 @@ class Data:
         return self.facts["folds_sha256"]
 
     @property
+    def task(self) -> Task:
+        """What the target is."""
+        return task_of(self.facts["task"])
+
+    @property
+    def target(self) -> np.ndarray:
+        """Target of every train image (N, T)."""
+        return self.train[self.task.targets].to_numpy(float)
+
+    @property
     def group(self) -> pd.Series:
         """Group of every train image, by image_name."""
         return pd.Series(groups_of(self.train, self.facts["group_col"]), index=self.train[ID])
@@ -111,7 +121,8 @@ def read_data(data_dir: Path) -> Data:
     given = {name: facts["sha256"][name] for name in facts["sha256"] if name.endswith(".csv")}
     check_hashes(data_dir, given, "run preprocess.py again")
     text = [column for column in (facts["group_col"],) if column]
-    train = read_table(data_dir / "train.csv", (TARGET, FOLD, "width", "height", *text), text=text)
+    targets = task_of(facts["task"]).targets
+    train = read_table(data_dir / "train.csv", (*targets, FOLD, "width", "height", *text), text=text)
     test = read_table(data_dir / "test.csv", ("width", "height"), text=text) if "test.csv" in given else None
     sample = None
     if "sample_submission.csv" in given:
@@ -134,17 +145,6 @@ def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> pd.DataFrame:
 
 
 # ---------------------------------------------------------------- metadata
-def as_words(column: pd.Series) -> pd.Series:
-    """Values as text, the same however a file has them: 1, 1.0, 001 and True are "1"; missing ones stay missing."""
-
-    def word(value) -> str:
-        text = {"True": "1", "False": "0"}.get(str(value), str(value))
-        whole = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text)
-        return whole[1] + whole[2] if whole else text
-
-    return column.astype(object).map({value: word(value) for value in column.dropna().unique()})
-
-
 class MetaEncoder:
     """Metadata as numbers, fitted on training rows alone. A text column becomes one column per value seen, one for
     unknown values and one for missing ones; a numeric column becomes its standard score and a missing flag. A column

@@ -62,12 +62,12 @@ class Team:
         return range(self.rank, n_rows, self.size)
 
     def gather(self, prob: np.ndarray, n_rows: int) -> np.ndarray:
-        """Probabilities of all rows (n_rows,) from every process's rows."""
+        """Predictions of all rows (n_rows, K) from every process's rows."""
         if self.size == 1:
             return prob
         parts: list = [None] * self.size
         distributed.all_gather_object(parts, prob)
-        whole = np.empty(n_rows)
+        whole = np.empty((n_rows, prob.shape[1]))
         for rank, part in enumerate(parts):
             whole[rank :: self.size] = part
         return whole

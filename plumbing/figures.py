@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 
 from plumbing.files import atomic
-from tasks import weighted_auc
-from util import FOLD, PROB, TARGET
+from scores import auc, known_labels
+from tasks import Task
+from util import FOLD, PROB
 
 
 def new_figure(**options):
@@ -23,26 +24,45 @@ def save_figure(path: Path, figure) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def plot_roc(path: Path, oof: pd.DataFrame) -> None:
-    """ROC curve of every fold."""
-    from sklearn.metrics import roc_curve
-
+def plot_predictions(run_dir: Path, task: Task, oof: pd.DataFrame) -> None:
+    """Held-out predictions: roc.png with a curve per fold, or per label or class; of a quantity scatter.png."""
     figure = new_figure(figsize=(5, 5))
     axes = figure.subplots()
-    for fold, rows in oof.groupby(FOLD):
-        fpr, tpr, _ = roc_curve(rows[TARGET], rows[PROB])
-        axes.plot(fpr, tpr, label=f"fold {fold}: AUC {weighted_auc(rows[TARGET], rows[PROB]):.3f}")
-    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="Held-out folds")
-    axes.legend(loc="lower right")
-    save_figure(path, figure)
+    target, prob = oof[task.targets].to_numpy(float), oof[task.columns].to_numpy(float)
+    if task.prefix != PROB:
+        for fold in sorted(set(oof[FOLD])):
+            axes.scatter(target[oof[FOLD] == fold], prob[oof[FOLD] == fold], s=6, label=f"fold {fold}")
+        ends = np.nanmin(target), np.nanmax(target)
+        axes.set(xlabel="target", ylabel="prediction", title="Held-out folds")
+    else:
+        folds = sorted(set(oof[FOLD])) if len(task.columns) == 1 else []
+        parts = {f"fold {fold}": (oof[FOLD] == fold, 0) for fold in folds} or {
+            name: (np.ones(len(oof), bool), column) for column, name in enumerate(task.names)
+        }
+        for name, (rows, column) in parts.items():
+            found = {place: pair for place, _, *pair in known_labels(target[rows], prob[rows])}
+            if column in found:
+                draw_roc(axes, name, *found[column])
+        ends = 0, 1
+        axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="Held-out folds")
+    axes.plot(ends, ends, color="0.7", linewidth=1)
+    axes.legend(loc="lower right", fontsize=8)
+    save_figure(run_dir / ("scatter.png" if task.prefix != PROB else "roc.png"), figure)
 
 
-def plot_curves(path: Path, log: pd.DataFrame) -> None:
-    """Training loss, held-out loss and held-out AUC of every fold over the epochs. The losses have axes of their own:
+def draw_roc(axes, name: str, target: np.ndarray, prob: np.ndarray) -> None:
+    """Draw one ROC curve."""
+    from sklearn.metrics import roc_curve
+
+    fpr, tpr, _ = roc_curve(target, prob)
+    axes.plot(fpr, tpr, label=f"{name}: AUC {auc(target, prob):.3f}")
+
+
+def plot_curves(path: Path, log: pd.DataFrame, metric: str) -> None:
+    """Training loss, held-out loss and held-out score of every fold over the epochs. The losses have axes of their own:
     the sampler, smoothing and penalties of training make them incomparable."""
     figure = new_figure(figsize=(12, 3.6))
-    columns = {"train_loss": "training loss", "valid_loss": "held-out loss", "valid_auc": "held-out AUC"}
+    columns = {"train_loss": "training loss", "valid_loss": "held-out loss", f"valid_{metric}": f"held-out {metric}"}
     for axes, (column, label) in zip(figure.subplots(1, 3), columns.items(), strict=True):
         for fold, rows in log.groupby(FOLD):
             axes.plot(rows["epoch"], rows[column], color=f"C{fold}", label=f"fold {fold}")

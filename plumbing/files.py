@@ -16,7 +16,7 @@ import pandas as pd
 
 from util import InputError
 
-FORMAT = 2  # of all JSON files and checkpoints; raised by a change that older files do not fit
+FORMAT = 3  # of all JSON files and checkpoints; raised by a change that older files do not fit
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from torch import nn
 import fsg
 from plumbing.figures import new_figure, save_figure
 from plumbing.files import atomic, write_table
-from tasks import weighted_auc
 from util import FOLD
 
 PRUNE_SHARES = (0.25, 0.5, 0.75, 0.9)  # of the gates closed, for the prune curve
@@ -23,30 +22,30 @@ def flat_gates(model: nn.Module) -> torch.Tensor:
     return torch.cat([gate.float().cpu() for gate in fsg.gate_values(model, relative=True).values()])
 
 
-def prune_curve(predict: Callable, model: nn.Module, target: np.ndarray) -> list[tuple[str, float, float]]:
-    """AUC with shares of the gates closed, lowest first: (ranking, share, AUC). predict: model -> probabilities of the
-    images of `target` (N,). Rankings: the gates, what they contribute on these images, and chance. The model is left as
-    it is."""
+def prune_curve(predict: Callable, model: nn.Module, judge: Callable) -> list[tuple[str, float, float]]:
+    """Score with shares of the gates closed, lowest first: (ranking, share, score). predict: model -> predictions of
+    some images; judge: predictions -> score. Rankings: the gates, what they contribute on these
+    images, and chance. The model is left as it is."""
     gates, generator = fsg.gate_values(model), torch.Generator().manual_seed(0)
     rankings = {
         "gate": gates,
         "contribution": fsg.gate_contributions(model, lambda: predict(model)),
         "chance": {name: torch.rand(len(g), generator=generator) for name, g in gates.items()},
     }
-    whole = weighted_auc(target, predict(model))
+    whole = judge(predict(model))
     curve = [(ranking, 0.0, whole) for ranking in rankings]
     for ranking, scores in rankings.items():
         for share in PRUNE_SHARES:
             with fsg.pruned(model, share, scores):
-                curve.append((ranking, share, weighted_auc(target, predict(model))))
+                curve.append((ranking, share, judge(predict(model))))
     return curve
 
 
 def record_gates(
-    run_dir: Path, fold: int, model: nn.Module, history: list[torch.Tensor], predict: Callable, target: np.ndarray
+    run_dir: Path, fold: int, model: nn.Module, history: list[torch.Tensor], predict: Callable, judge: Callable
 ) -> None:
     """Write a fold's gates: fold{k}_gates.npy (epochs, gates), their sparsity by branch and epoch, prune curve,
-    picture. history: flat_gates of every epoch; predict, target: of held-out images."""
+    picture. history: flat_gates of every epoch; predict, judge: of held-out images, as in prune_curve."""
     names = {name: len(gate) for name, gate in fsg.gate_values(model).items()}
     rows = []
     for epoch, gates in enumerate(history, 1):
@@ -57,7 +56,7 @@ def record_gates(
     write_table(run_dir / f"fold{fold}_gates.csv", pd.DataFrame(rows))
     with atomic(run_dir / f"fold{fold}_gates.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, torch.stack(history).numpy())
-    curve = pd.DataFrame(prune_curve(predict, model, target), columns=["ranking", "share", "auc"])
+    curve = pd.DataFrame(prune_curve(predict, model, judge), columns=["ranking", "share", "score"])
     curve.insert(0, FOLD, fold)
     write_table(run_dir / f"fold{fold}_prune.csv", curve)
     plot_gates(run_dir / f"fold{fold}_gates.png", model, curve)
@@ -75,7 +74,7 @@ def plot_gates(path: Path, model: nn.Module, curve: pd.DataFrame) -> None:
     figure.colorbar(picture, ax=left, label="gate / start")
     left.set(xlabel="channel", ylabel="branch", title="Gates of the best epoch")
     for ranking, rows in curve.groupby("ranking", sort=False):
-        right.plot(rows["share"], rows["auc"], marker="o", label=f"by {ranking}")
-    right.set(xlabel="share of gates closed, lowest first", ylabel="AUC, held-out images", title="Prune curve")
+        right.plot(rows["share"], rows["score"], marker="o", label=f"by {ranking}")
+    right.set(xlabel="share of gates closed, lowest first", ylabel="score, held-out images", title="Prune curve")
     right.legend()
     save_figure(path, figure)

@@ -3,13 +3,16 @@
 import unicodedata
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from util import CPUS, InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".dcm")
+DICOM = ".dcm"
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")  # what Pillow may take a file for; for some others it starts programs
 MAX_PIXELS = 250_000_000  # Pillow refuses twice as many: a mammogram has 30 million, a scanned film 200
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -66,25 +69,64 @@ class ImageIndex:
 
 # ---------------------------------------------------------------- pixels
 def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
-    """Read a JPEG or PNG upright and as 8-bit RGB; returns it with the original's (width, height). With `min_side` a
-    JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its short side keeps that many pixels. EXIF
-    orientation is applied; grey, palette, CMYK and 1-bit files are converted; alpha is dropped; 16-bit grey is scaled
-    to 8 bit. Raises InputError naming a file that is missing, broken or of another kind."""
+    """Read a JPEG, PNG, WebP, TIFF (its first page) or DICOM file upright and as 8-bit RGB; returns it with the
+    original's (width, height). With `min_side` a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its
+    short side keeps that many pixels. EXIF orientation is applied; grey, palette, CMYK and 1-bit files are converted;
+    alpha is dropped; 16 bits are scaled to 8. Raises InputError naming a file that is missing, broken or of another
+    kind."""
+    if path.suffix.lower() == DICOM:
+        image = read_dicom(path)
+        return image, image.size
     try:
-        with open(path, "rb") as file, Image.open(file, formats=("JPEG", "PNG")) as image:  # Pillow runs others outside
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             width, height = image.size
+            if image.format == "TIFF" and image.n_frames > 1:
+                tqdm.write(f"{path} has {image.n_frames} pages; the first one is read")
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             image.load()
             orientation = image.getexif().get(0x0112, 1)
             upright = image if orientation == 1 else ImageOps.exif_transpose(image)
+            if upright.mode == "F":
+                raise ValueError("its pixels are floating point numbers of unknown range")
     except Exception as error:  # Pillow's plugins raise many types on broken files
-        raise InputError(f"{path} is not a readable JPEG or PNG ({error}); repair or convert it") from None
+        deep = read_deep_tiff(path)
+        if deep is None:
+            raise InputError(f"{path} is no readable JPEG, PNG, WebP or TIFF ({error}); repair or convert it") from None
+        return deep, deep.size
     if upright.mode.startswith("I"):
         grey = np.asarray(upright).astype(np.float64) / 257
         upright = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
     rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
     return rgb, (height, width) if orientation in TURNED else (width, height)
+
+
+def read_deep_tiff(path: Path) -> Image.Image | None:
+    """A TIFF with 16 bits per colour, which Pillow does not read; None for any other file."""
+    if path.suffix.lower() not in (".tif", ".tiff") or not path.is_file():
+        return None
+    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
+        return None
+    return Image.fromarray(np.rint(pixels[:, :, 2::-1] / 257).astype(np.uint8))
+
+
+def read_dicom(path: Path) -> Image.Image:
+    """The first frame of a DICOM file as RGB: rescaled, seen through its window if it has one, MONOCHROME1 inverted,
+    its range stretched to 8 bits. Raises InputError if it cannot be read, or pydicom is not installed."""
+    try:
+        import pydicom
+        from pydicom import pixels
+
+        facts = pydicom.dcmread(path)
+        frame = pixels.pixel_array(facts, index=0)
+        if frame.ndim == 2:
+            frame = pixels.apply_voi_lut(pixels.apply_modality_lut(frame, facts), facts).astype(float)
+            frame = (frame - frame.min()) / max(np.ptp(frame), 1e-9)
+            frame = np.rint(255 * (1 - frame if facts.PhotometricInterpretation == "MONOCHROME1" else frame))
+        return Image.fromarray(frame.astype(np.uint8)).convert("RGB")
+    except Exception as error:  # a package or a decoder that is missing, a broken file
+        raise InputError(f"{path} is not a readable DICOM file ({error}); pip install pydicom, or convert it") from None
 
 
 def cut(image: Image.Image, box: tuple, size: int, original_size: tuple[int, int]) -> np.ndarray:

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from calibration import calibrate
 from plumbing.data import Data
-from plumbing.figures import plot_curves, plot_roc
+from plumbing.figures import plot_curves, plot_predictions
 from plumbing.files import check_hashes, copy, read_csv, read_json, remove, sha256, write_json, write_table
 from plumbing.images import name_key
-from tasks import score_folds
-from util import FOLD, ID, PROB, InputError
+from tasks import Task, score_folds, task_of
+from util import FOLD, ID, InputError
 
 FINDER = "finder"  # folder in a run on crops: all that finds the boxes of new images
 # arguments that may differ between two calls that train folds of one run; inputs are compared by their hashes
@@ -38,6 +39,11 @@ class Run:
         return self.path.name
 
     @property
+    def task(self) -> Task:
+        """What it predicts."""
+        return task_of(self.config["task"])
+
+    @property
     def folds(self) -> list[int]:
         """The finished folds."""
         return [fold["fold"] for fold in self.metrics["folds"]]
@@ -50,7 +56,7 @@ class Run:
     def table(self, name: str) -> pd.DataFrame:
         """oof.csv or test_predictions.csv; raises InputError if it was changed since it was scored."""
         check_hashes(self.path, {name: self.metrics["sha256"][name]}, "train or blend again")
-        return read_csv(self.path / name, (ID, FOLD, PROB), text=(ID,))
+        return read_csv(self.path / name, (ID, FOLD, *self.task.columns), text=(ID,))
 
     def checkpoint(self, k: int) -> Path:
         """The best network of a fold; raises InputError if it is not the one that was scored."""
@@ -77,19 +83,23 @@ def read_run(path: Path) -> Run:
 
 
 def score_line(name: str, metrics: dict) -> str:
-    """One line of a result table: fold AUCs and their mean, out-of-fold AUC (ranked inside folds) with its interval."""
-    folds = " ".join(f"{fold['auc']:.3f}" for fold in metrics["folds"])
-    low, high = metrics["ranked"]["auc_interval"]
-    ranked = f"oof {metrics['ranked']['auc']:.3f} [{low:.3f}, {high:.3f}]"
-    return f"{name:<12} folds {folds}   mean {metrics['mean_auc']:.3f}   {ranked}"
+    """One line of a result table: main score of the folds and its mean, and out of fold with its interval (of an AUC:
+    of ranks inside folds)."""
+    metric, pooled = metrics["metric"], metrics.get("ranked", metrics["pooled"])
+    low, high = pooled[f"{metric}_interval"]
+    folds = " ".join("-" if fold[metric] is None else f"{fold[metric]:.3f}" for fold in metrics["folds"])
+    oof = f"oof {pooled[metric]:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{name:<12} {metric} of folds {folds}   mean {metrics[f'mean_{metric}']:.3f}   {oof}"
 
 
 # ---------------------------------------------------------------- writing
 def write_run(run_dir: Path, oof: pd.DataFrame, test, data: Data, folds: list[dict], **extra) -> dict:
-    """Write what every run, blends included, leaves behind; returns the metrics. oof: image_name, fold, target, prob.
-    test: image_name, fold, prob, or None. folds: facts about each fold (at least its number), to which the scores are
-    added. extra: further metrics."""
-    metrics = score_folds(oof, data.group, [fold["fold"] for fold in folds]) | extra
+    """Write what every run, blends included, leaves behind; returns the metrics. oof: image_name, fold, target, prob
+    (the columns of the task). test: image_name, fold, prob, or None. folds: facts about each fold (at least its
+    number), to which the scores are added. extra: further metrics."""
+    metrics = score_folds(data.task, oof, data.group, [fold["fold"] for fold in folds]) | extra
+    arrays = [oof[columns].to_numpy(float) for columns in (data.task.targets, data.task.columns)]
+    metrics["calibration"] = calibrate(data.task, *arrays, data.group[oof[ID]].to_numpy(), oof[FOLD].to_numpy())
     metrics["folds"] = [facts | new for facts, new in zip(folds, metrics["folds"], strict=True)]
     tables = {"oof.csv": oof}
     if test is not None:
@@ -97,18 +107,19 @@ def write_run(run_dir: Path, oof: pd.DataFrame, test, data: Data, folds: list[di
     for name, table in tables.items():
         write_table(run_dir / name, table)
     metrics["sha256"] = {name: sha256(run_dir / name) for name in tables}
-    plot_roc(run_dir / "roc.png", oof)
+    plot_predictions(run_dir, data.task, oof)
     write_json(run_dir / "metrics.json", metrics)
     return metrics
 
 
 def make_submission(test: pd.DataFrame, data: Data) -> pd.DataFrame:
-    """Mean probability over folds of the test images predicted, in the sample submission's order and columns."""
-    mean = test.groupby(test[ID].map(name_key))[PROB].mean()
-    id_col, target_col = data.facts["submission_columns"]
+    """Mean prediction over folds of the test images predicted, in the sample submission's order and columns."""
+    mean = test.groupby(test[ID].map(name_key))[data.task.columns].mean()
+    id_col, *columns = data.facts["submission_columns"]
     ids = data.test[ID] if data.submission is None else data.submission[id_col]
     ids = ids[ids.map(name_key).isin(mean.index)]  # a dry run with --limit predicts some
-    return pd.DataFrame({id_col: ids.to_numpy(), target_col: mean[ids.map(name_key)].to_numpy()})
+    values = data.task.submit(mean.loc[ids.map(name_key)].to_numpy(), columns)
+    return pd.DataFrame({id_col: ids.to_numpy(), **values})
 
 
 def open_run(run_dir: Path, config: dict, folds: list[int], resume: bool, overwrite: bool) -> list[int]:
@@ -190,7 +201,7 @@ def collect(run_dir: Path, data: Data) -> dict:
         for name in ("log", "gates", "prune"):
             if (table := gather(name)) is not None:
                 write_table(run_dir / f"{name}.csv", table)
-        plot_curves(run_dir / "curves.png", log)
+        plot_curves(run_dir / "curves.png", log, data.task.metric)
         facts = [read_json(run_dir / f"fold{k}_metrics.json") for k in folds]
         metrics = write_run(run_dir, oof, gather("test"), data, facts)
     return metrics

@@ -130,7 +130,7 @@ FILES = {
         ("train", "mine.pt", {"a": 1}, WEIGHTS), ("crop", f"{CHIPNET}/fold1_best.pt", [1]),
     ],
     "run by pickle": [
-        ("train", "mine.pt", {"format": 2, "spec": Hostile()}, WEIGHTS), ("train", "mine.pt", PICKLE, WEIGHTS),
+        ("train", "mine.pt", {"format": 3, "spec": Hostile()}, WEIGHTS), ("train", "mine.pt", PICKLE, WEIGHTS),
         ("train", ARRAY, np.array([Hostile()])), ("train", ARRAY, PICKLE), ("train", LAST, {"a": Hostile()}, RESUME),
         ("crop", f"{CHIPNET}/fold1_best.pt", {"spec": Hostile()}), ("crop", "mine.pt", PICKLE, f"{SALIENCY} {WEIGHTS}"),
     ],
@@ -139,7 +139,7 @@ FILES = {
         for name in ("../../secret", "../images/0003", str(Path(__file__).parent / "0003.jpg"))
     ],
     "another version": [
-        ("train", FACTS, change(format=1), "", "format 2"), ("train", FACTS, change("sha256"), "", "'sha256'"),
+        ("train", FACTS, change(format=1), "", "format 3"), ("train", FACTS, change("sha256"), "", "'sha256'"),
         ("train", f"{RESNET}/config.json", "{}", RESUME), ("train", f"{CROPS}/crop.json", change("format"), CROPNET),
         ("train", "mine.pt", {"format": 1, "spec": {}}, WEIGHTS, "format 1"),
         ("ensemble", f"{RESNET}/metrics.json", change("sha256"), "", "'sha256'"),
@@ -147,8 +147,8 @@ FILES = {
         ("audit", f"{RESNET}/config.json", change("format")),
     ],
     "one class or patient": [
-        ("preprocess", TRAIN, lambda t, c=column: t.assign(**{c: 1}), "", "only . groups.*--n_folds")
-        for column in ("target", "patient_id")
+        ("preprocess", TRAIN, lambda t: t.assign(target=1), "", "target is the same"),
+        ("preprocess", TRAIN, lambda t: t.assign(patient_id=1), "", "only . groups.*--n_folds"),
     ],
     "no number": [
         ("preprocess", TRAIN, cell("target", ""), "", "of 0003 is 'nan'"),

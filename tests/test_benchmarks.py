@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, change
 from PIL import Image
 
-import tasks
+import scores
 from localize import Box
 from plumbing.files import read_json
 from util import InputError
@@ -80,7 +80,7 @@ def test_quality_table(data_dir, runs_dir, mask_dir, tmp_path, capsys):
 
 
 def test_intervals_of_gains_know_that_other_trainings_would_differ(monkeypatch):
-    monkeypatch.setattr(tasks, "BOOTSTRAP_SAMPLES", 100)
+    monkeypatch.setattr(scores, "BOOTSTRAP_SAMPLES", 100)
     perfect, useless = np.arange(40) % 2, np.zeros(40)  # AUC 1 and 1/2, of whatever rows
     found = {"full": [perfect, perfect], "crop": [perfect, useless], "fusion": [useless, useless]}
     table = crop_gain.compare(crop_gain.make_blends(found), perfect, np.arange(40))
@@ -90,7 +90,7 @@ def test_intervals_of_gains_know_that_other_trainings_would_differ(monkeypatch):
 
 
 def test_gain_table(data_dir, runs_dir, mask_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tasks, "BOOTSTRAP_SAMPLES", 20)
+    monkeypatch.setattr(scores, "BOOTSTRAP_SAMPLES", 20)
     for name, origin in (("full", "resnet"), ("crop", "cropnet"), ("fusion", "cropnet")):
         for seed in (0, 1):  # finished runs are not trained again
             shutil.copytree(runs_dir / origin, tmp_path / f"{name}_seed{seed}")

@@ -95,13 +95,13 @@ def test_jittered_crops_stay_near_the_box_and_are_now_and_then_the_whole(tmp_pat
 
 def make(data_dir, transform=None, guide=None):
     rows, stored = np.arange(16), Stored(array_path(data_dir, "train", 64), 24)
-    return ImageDataset([stored], rows, np.zeros((16, 2)), rows % 4 == 0, transform, guide)
+    return ImageDataset([stored], rows, np.zeros((16, 2)), rows[:, None] % 4 == 0, transform, guide)
 
 
 def test_items_with_guides_that_turn_with_their_images_and_sum_to_one(data_dir, tmp_path):
     item, array = make(data_dir)[4], open_array(array_path(data_dir, "train", 64), 24)
     assert (item.image.numpy().transpose(1, 2, 0) == array[4]).all()
-    assert (item.meta.shape, item.target.item(), item.weight.item()) == ((2,), 1.0, 1.0)
+    assert (item.meta.shape, item.goal.item(), item.weight.item()) == ((2,), 1.0, 1.0)
     assert len(pickle.dumps(make(data_dir))) < 20_000  # an opened array is not pickled with it
     maps = np.zeros((24, 4, 4), np.float32)
     maps[:, 0, 3] = 0.25
@@ -144,7 +144,8 @@ def test_draws_depend_on_seed_and_position_alone(data_dir):
     def loader(batch_size=4, workers=0, accumulate=1, rank=0, size=1):
         images = make(data_dir, A.Compose([A.RandomBrightnessContrast(brightness_limit=(-0.9, 0.9), p=1)]))
         images.rows[:] = 0  # equal pictures, on which every item draws a random shade
-        return TrainLoader(images, "shuffle", batch_size, accumulate, workers, Team(torch.device("cpu"), rank, size))
+        how = "shuffle", batch_size, accumulate, workers
+        return TrainLoader(images, images.rows, *how, Team(torch.device("cpu"), rank, size))
 
     def shades(loader, seed):
         parts = [part for _, batch in loader.epoch(seed) for part in batch]

@@ -10,9 +10,12 @@ import blends
 import ensemble
 from blends import BLENDS, learn_weights
 from plumbing.files import read_json
-from tasks import rank_among, rank_in_fold, weighted_auc
+from scores import auc, rank_among, rank_in_fold
+from tasks import Binary
 from util import InputError
 
+BINARY = Binary(("1",), "auc")
+SQUARE = (lambda task, prob, history: prob**2), (lambda task, average, history: np.sqrt(average))
 NAMES, OOF, TEST = ("chipnet", "cropnet", "resnet"), "oof.csv", "test_predictions.csv"
 
 
@@ -26,7 +29,7 @@ def test_blends_average_by_weights_and_nest(runs, monkeypatch):
     assert [member["weight"] for member in read_json(out / "config.json")["members"]] == [0, 0.25, 0.75]
     assert read(out / "submission.csv")["image_name"].tolist() == ["0027", "0026", "0025", "0024"]
     nested = blend(runs, "mean", "--runs", "b", "chipnet", name="nested")
-    monkeypatch.setitem(blends.BLENDS, "square", blends.Blend(lambda prob, history: prob**2, np.sqrt))  # one row
+    monkeypatch.setitem(blends.BLENDS, "square", blends.Blend(*SQUARE))  # one row
     logit, square = (blend(runs, mode, name=mode) for mode in ("logit", "square"))
     for name, prob in probs.items():
         assert np.allclose(read(out / name)["prob"], prob @ [0, 0.25, 0.75])
@@ -52,25 +55,29 @@ def test_cross_fitting_shows_no_gain_where_there_is_none_and_no_row_teaches_its_
     rng = np.random.default_rng(0)
     target = rng.integers(0, 2, 400)
     good, noise = target + rng.normal(size=(2, 400)), rng.normal(size=400)
-    weights = learn_weights(np.column_stack([*good, noise]), target)
+    weights = learn_weights(BINARY, np.column_stack([*good, noise])[..., None], target[:, None])
     assert (weights.sum(), min(weights[:2]) > 0.3 > weights[2]) == (pytest.approx(1), True)
     rng, fold, learned = np.random.default_rng(0), np.arange(120) % 3, BLENDS["weights"]
-    target, values = rng.integers(0, 2, 120), rng.uniform(size=(120, 20))
-    outside = ensemble.cross_fit(learned, values, target, fold)
-    assert weighted_auc(target, values @ learn_weights(values, target)) > 0.62  # in-sample, noise looks good
-    assert weighted_auc(target, rank_in_fold(outside, fold)) < 0.58
-    changed = ensemble.cross_fit(learned, values, np.where(fold == 0, 1 - target, target), fold)  # labels of part 0
+    target, values = rng.integers(0, 2, (120, 1)), rng.uniform(size=(120, 20, 1))
+    outside = ensemble.cross_fit(learned, BINARY, values, target, fold)
+    inside = ensemble.average_of(values, learn_weights(BINARY, values, target))
+    assert auc(target[:, 0], inside[:, 0]) > 0.62  # in-sample, noise looks good
+    assert auc(target[:, 0], rank_in_fold(outside, fold)[:, 0]) < 0.58
+    other = np.where(fold[:, None] == 0, 1 - target, target)  # labels of part 0
+    changed = ensemble.cross_fit(learned, BINARY, values, other, fold)
     assert [(outside == changed)[fold == k].all() for k in range(3)] == [True, False, False]
 
 
 def test_what_a_learned_blend_leaves_is_cross_fitted(runs):
     fold, target = (read(runs / "resnet" / OOF)[column].to_numpy() for column in ("fold", "target"))
-    values = np.column_stack([rank_in_fold(read(runs / name / OOF)["prob"].to_numpy(), fold) for name in NAMES])
+    values = np.stack([rank_in_fold(read(runs / name / OOF)[["prob"]].to_numpy(), fold) for name in NAMES], axis=1)
+    target = target[:, None]
     found = read(runs / "ensemble" / OOF)["prob"].to_numpy()
     for k in (0, 1):
-        assert np.allclose(found[fold == k], values[fold == k] @ learn_weights(values[fold != k], target[fold != k]))
+        learned = learn_weights(BINARY, values[fold != k], target[fold != k])
+        assert np.allclose(found[fold == k], values[fold == k, :, 0] @ learned)
     weights = [member["weight"] for member in read_json(runs / "ensemble" / "config.json")["members"]]
-    assert np.allclose(weights, learn_weights(values, target))  # for new images
+    assert np.allclose(weights, learn_weights(BINARY, values, target))  # for new images
     alone = read_json(blend(runs, "weights", "--runs", "resnet") / "metrics.json")
     assert alone["ranked"]["auc"] == read_json(runs / "resnet" / "metrics.json")["ranked"]["auc"]
     assert alone["learned"]["gain"] == 0

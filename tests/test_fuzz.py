@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import models
+import tasks
 from plumbing.arrays import Rows, open_array
 from plumbing.data import read_table
 from plumbing.files import FORMAT, read_json
 from plumbing.images import read_image, read_square
-from tasks import read_target
+from tasks import find_task, read_target
 from util import ID, TARGET, InputError
 
 
@@ -78,8 +79,13 @@ def test_tables(tmp_path, content):
         assert len(table) > 0
         assert table[ID].map(type).eq(str).all()
         assert table[ID].is_unique
-        target = accepted(lambda path: read_target(table, path), tmp_path / "t.csv", content)
-        assert target is None or set(target) <= {0, 1}
+        task = accepted(lambda path: find_task(table, path, [TARGET]), tmp_path / "t.csv", content)
+        for kind in tasks.KINDS:  # whatever is asked for
+            accepted(lambda path, kind=kind: find_task(table, path, [TARGET], kind), tmp_path / "t.csv", content)
+        if task is not None:
+            target = read_target(task, table, tmp_path / "t.csv", [TARGET])
+            assert target.shape == (len(table), len(task.targets))
+            assert not np.isinf(target).any()
 
 
 @given(content=mutants(json.dumps({"format": FORMAT, "folds": [{"auc": 0.5}]}).encode()))

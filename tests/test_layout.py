@@ -11,12 +11,15 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-BUDGET, README_BYTES = 4900, 12_000  # lines of all modules, length of the README
+BUDGET, README_BYTES = 5700, 12_000  # lines of all modules, length of the README
 SCRIPTS = {"preprocess", "train", "crop", "ensemble", "predict", "audit"}
 # what a module may import of ours; a script all but scripts
-ALLOWED = {"util": (), "fsg": (), "losses": (), "tasks": ("util",), "blends": ("tasks",),
-           "plumbing": ("util", "tasks", "fsg", "plumbing"), "models": ("util", "fsg", "plumbing"),
-           "dataset": ("util", "tasks", "plumbing"), "localize": ("util", "plumbing", "models")}  # fmt: skip
+ALLOWED = {"util": (), "fsg": (), "losses": (), "scores": (), "tasks": ("util", "scores", "losses"),
+           "blends": ("scores", "tasks"),
+           "calibration": ("util", "scores", "tasks"),
+           "plumbing": ("util", "scores", "tasks", "calibration", "fsg", "plumbing"),
+           "models": ("util", "tasks", "fsg", "plumbing"),
+           "dataset": ("util", "tasks", "plumbing"), "localize": ("util", "tasks", "plumbing", "models")}  # fmt: skip
 PATHS = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
          for path in (*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"))}  # fmt: skip
 TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}

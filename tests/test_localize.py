@@ -1,6 +1,7 @@
 """Sources of maps, from maps to boxes, and the Finder that does both."""
 
 import shutil
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 import localize
-from localize import Finder, GradCam, Product, Saliency, attention_maps, find_box, fit_saliency
+from localize import ClassAttention, Finder, GradCam, Product, Saliency, attention_maps, find_box, fit_saliency
 from models import Spec, build_model, dihedral, load_checkpoint
 from plumbing.data import MetaEncoder
 from plumbing.files import read_json, sha256
+from tasks import MultiClass
 from util import InputError
 
 CPU = torch.device("cpu")
@@ -81,6 +83,33 @@ def test_grad_cam_in_closed_form_is_grad_cam(backbone):
     assert closed.std() > 0
     assert torch.allclose(closed, by_gradient, atol=1e-5 * float(closed.abs().max()) + 1e-9)
     assert np.allclose(attention_maps([cam], image.numpy(), CPU, 8).sum(axis=(1, 2)), 1, atol=1e-5)
+
+
+def test_maps_of_a_class_are_where_it_has_evidence():
+    image, names = torch.tensor(discs(2)[0]).permute(0, 3, 1, 2), ("a", "b")
+    task = MultiClass(names, "auc")
+    for make, model in ((GradCam, "resnet"), (ClassAttention, "chipnet")):
+        trained = build_model(Spec(model, "regnet_tiny", image.shape[-1], outputs=2)).eval()
+        head = trained.head[-1]
+        torch.nn.init.normal_(head.weight[0])
+        with torch.no_grad():
+            if make is ClassAttention:  # chips of either sign
+                middle = trained.embed(image).mean(dim=(0, 2, 3))
+                head.weight[0] -= head.weight[0] @ middle / middle.square().sum() * middle
+            head.weight[1] = -head.weight[0]  # what speaks for one speaks against the other
+            options = {"meta": np.zeros((1, 0), np.float32)} if make is GradCam else {}
+            sources = [make(trained, **options, evidence=partial(task.evidence, name=name)) for name in names]
+            first, second = (getattr(s, "cam" if make is GradCam else "contribution")(image) for s in sources)
+            likeliest = make(trained, **options, evidence=task.evidence)
+            predicted = trained(image, torch.zeros(len(image), 0)).argmax(dim=1)
+            found = getattr(likeliest, "cam" if make is GradCam else "contribution")(image)
+        if make is GradCam:
+            assert torch.allclose(first, -second, atol=1e-6)
+        else:
+            assert (first.minimum(second) < 1e-6).all()
+            assert np.allclose(attention_maps([sources[0]], discs(2)[0], CPU, 2).sum(axis=(1, 2)), 1, atol=1e-5)
+        for row, label in enumerate(predicted):
+            assert torch.allclose(found[row], (first, second)[label][row], atol=1e-6)
 
 
 def test_grad_cam_shows_evidence_for_either_class_and_a_product_where_both_look():
@@ -205,14 +234,14 @@ def test_finder_loads_what_crop_py_used_and_nothing_else(runs_dir):
 def test_grad_cam_of_a_run_is_that_of_its_networks_with_metadata_missing(runs_dir, tmp_path):
     path = shutil.copy(runs_dir / "resnet" / "fold0_best.pt", tmp_path / "fold0_network.pt")
     facts = {"source": "gradcam", "networks": {path.name: sha256(path)}, "folds": [0], "trained": True, "shifts": 1,
-             "rule": "component", "num_devs": None, "views": 1}  # fmt: skip
+             "rule": "component", "num_devs": None, "views": 1, "class_name": None}  # fmt: skip
     source, (trained, content) = Finder.load(tmp_path, facts, CPU).sources[0], load_checkpoint(path)
     missing = torch.from_numpy(MetaEncoder(content["encoder"]).encode(pd.DataFrame(index=[0])))
     assert missing.any()  # flags, and not the zeros that no encoder writes
     image, seen = torch.from_numpy(discs(n=2)[0]).permute(0, 3, 1, 2), []
     source.network.meta_branch.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        expected = GradCam(trained).cam(image)
+        expected = GradCam(trained, missing.numpy()).cam(image)
         assert torch.allclose(source.cam(image), expected, atol=1e-5 * float(expected.abs().max()))
         assert source._stage == "trunk_output"  # whole, and not the last module in it, as in a folded network
         source.cam_by_gradient(image)

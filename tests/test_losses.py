@@ -9,39 +9,46 @@ from torch.nn import functional as F
 
 import losses
 from dataset import Batch
-from losses import LOSSES, lr_factor
+from losses import OF_CLASSES, OF_LABELS, lr_factor
+from tasks import Binary
 
+BINARY = Binary(("1",), "auc")
 LOGIT = torch.tensor([[0.3], [-2.0], [1.5]])
 
 
 def test_losses_are_the_formulas_on_hard_and_soft_targets():
-    p = torch.tensor([0.3, 2.0, -1.5]).sigmoid()  # probability of the true class
+    p = torch.tensor([[0.3], [2.0], [-1.5]]).sigmoid()  # probability of the true class
     for gamma in (0.5, 2.0):
-        loss = losses.focal_loss(LOGIT, torch.tensor([1.0, 0.0, 0.0]), gamma)
+        loss = losses.focal_loss(LOGIT, torch.tensor([[1.0], [0.0], [0.0]]), gamma=gamma)
         assert torch.allclose(loss, -((1 - p) ** gamma) * p.log())
-    positive, negative = (losses.focal_loss(LOGIT, torch.full((3,), label)) for label in (1.0, 0.0))
-    mixed = losses.focal_loss(LOGIT, torch.full((3,), 0.3), pos_weight=5.0)
+    positive, negative = (losses.focal_loss(LOGIT, torch.full((3, 1), label)) for label in (1.0, 0.0))
+    mixed = losses.focal_loss(LOGIT, torch.full((3, 1), 0.3), 5.0)
     assert torch.allclose(mixed, 5 * 0.3 * positive + 0.7 * negative)
-    soft, three = torch.tensor([0.7, 0.2, 1.0]), torch.tensor(3.0)
-    expected = F.binary_cross_entropy_with_logits(LOGIT.squeeze(1), soft, pos_weight=three, reduction="none")
-    assert torch.allclose(LOSSES["bce"](LOGIT, soft, pos_weight=3.0), expected)
+    soft, three = torch.tensor([[0.7], [0.2], [1.0]]), torch.tensor(3.0)
+    expected = F.binary_cross_entropy_with_logits(LOGIT, soft, pos_weight=three, reduction="none")
+    assert torch.allclose(OF_LABELS["bce"](LOGIT, soft, three), expected)
+    logit, share = torch.randn(5, 4), torch.rand(5, 4).softmax(dim=1)
+    expected = F.cross_entropy(logit, share, reduction="none")
+    assert torch.allclose(OF_CLASSES["ce"](logit, share)[:, 0], expected, atol=1e-6)
+    hard, p = F.one_hot(torch.arange(4)).float(), logit[:4].softmax(dim=1).diagonal()
+    assert torch.allclose(OF_CLASSES["focal"](logit[:4], hard)[:, 0], -((1 - p) ** 2) * p.log(), atol=1e-6)
     guide, uniform = torch.tensor([[[0.5, 0.5], [0, 0]], [[0.25, 0.25], [0.25, 0.25]]]), torch.full((2, 2, 2), 0.25)
     assert torch.allclose(losses.guide_loss(guide, guide), torch.zeros(2))
     assert torch.allclose(losses.guide_loss(uniform, guide), torch.tensor([2.0, 1.0]).log())
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OF_LABELS)
 def test_certain_mistakes_have_a_finite_loss_and_gradient(name):
     logit = torch.tensor([[200.0], [-200.0]], requires_grad=True)
-    loss = LOSSES[name](logit, torch.tensor([0.0, 1.0]))
+    loss = OF_LABELS[name](logit, torch.tensor([[0.0], [1.0]]))
     loss.sum().backward()
     assert torch.allclose(loss, torch.tensor(200.0))
     assert torch.allclose(logit.grad, torch.tensor([[1.0], [-1.0]]))
-    assert np.isfinite(losses.loss_of_prob(name, np.array([0.0, 1.0]), np.array([1, 0])))
+    assert np.isfinite(losses.loss_of_prob(BINARY, name, np.array([[0.0], [1.0]]), np.array([[1], [0]])))
 
 
 def test_a_new_loss_is_one_function_and_one_row(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setitem(LOSSES, "mine", lambda logit, target, pos_weight=1.0: (logit.squeeze(1) - 4 * target) ** 2)
+    monkeypatch.setitem(OF_LABELS, "mine", lambda logit, goal, weight: (logit - 4 * goal) ** 2)
     run = fit(data_dir, tmp_path, "--loss", "mine", "--fold", 0, "--tta", 1)
     oof, log = pd.read_csv(run / "oof.csv"), pd.read_csv(run / "log.csv")
     expected = (np.log(oof["prob"] / (1 - oof["prob"])) - 4 * oof["target"]) ** 2
@@ -52,18 +59,19 @@ def test_a_new_loss_is_one_function_and_one_row(data_dir, tmp_path, monkeypatch)
 def test_mixup_and_smoothing_mix_what_belongs_together():
     row, shares = torch.arange(4.0), []
     image = (10 * row).to(torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
-    batch = Batch(image, row[:, None], torch.tensor([0.0, 1, 0, 1]), torch.ones(4), row.view(4, 1, 1).expand(4, 2, 2))
+    goal, guide = torch.tensor([[0.0], [1], [0], [1]]), row.view(4, 1, 1).expand(4, 2, 2)
+    batch = Batch(image, row[:, None], goal, torch.ones(4), guide)
     torch.manual_seed(0)
     for _ in range(200):
-        mixed = losses.mix_and_smooth(batch, 0.4, 0.0)
+        mixed = losses.mix_and_smooth(batch, 0.4, 0.0, 0.5)
         assert torch.allclose(mixed.image[:, 0, 0, 0] * 255, 10 * mixed.meta[:, 0])
         assert torch.allclose(mixed.guide[:, 1, 1], mixed.meta[:, 0])
-        assert (mixed.meta.sum().item(), mixed.target.sum().item()) == pytest.approx((6, 2))  # a permutation
+        assert (mixed.meta.sum().item(), mixed.goal.sum().item()) == pytest.approx((6, 2))  # a permutation
         shares.append(mixed.meta[0].item())
     assert min(shares) < 0.1
     assert max(shares) > 2
-    smooth = losses.mix_and_smooth(batch, 0.0, 0.2)
-    assert torch.allclose(smooth.target, torch.tensor([0.1, 0.9, 0.1, 0.9]))
+    smooth = losses.mix_and_smooth(batch, 0.0, 0.2, 0.5)
+    assert torch.allclose(smooth.goal, torch.tensor([[0.1], [0.9], [0.1], [0.9]]))
 
 
 def test_schedules_and_seeds():

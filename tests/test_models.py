@@ -15,7 +15,10 @@ import models
 from models import Spec, build_model, dihedral, load_checkpoint, save_checkpoint
 from plumbing.backbones import make_backbone, regnet_tiny
 from plumbing.speedups import SmallMapConv2d, fold_batchnorms, skip_padding
+from tasks import Binary
 from util import InputError
+
+BINARY = Binary(("1",), "auc")
 
 
 def spec(model="resnet", **changes):
@@ -123,14 +126,14 @@ def test_predict_averages_views_takes_no_rows_and_refuses_what_is_no_number():
     assert len({tuple(turned.flatten().tolist()) for turned in views}) == 8
     assert all(torch.equal(dihedral(turned, view, inverse=True), views[0]) for view, turned in enumerate(views))
     model, (image, meta), device = build_model(spec()), batch(), torch.device("cpu")
-    one, flipped = (models.predict(model, [(x, meta, None)], device) for x in (image, image.flip(-1)))
-    assert np.allclose(one, model(image, meta).sigmoid().squeeze(1).detach(), atol=1e-6)
-    both = models.predict(model, [(image, meta, None)], device, tta=2)
+    one, flipped = (models.predict(model, BINARY, [(x, meta, None)], device) for x in (image, image.flip(-1)))
+    assert np.allclose(one, model(image, meta).sigmoid().detach(), atol=1e-6)
+    both = models.predict(model, BINARY, [(image, meta, None)], device, tta=2)
     assert np.allclose(both, (one + flipped) / 2, atol=1e-6)
-    assert models.predict(model, [], device).shape == (0,)  # of a process without a row
+    assert models.predict(model, BINARY, [], device).shape == (0, 1)  # of a process without a row
     nn.init.constant_(model.head[-1].bias, float("nan"))
     with pytest.raises(InputError, match="--amp"):
-        models.predict(model, [(image, meta)], device)
+        models.predict(model, BINARY, [(image, meta)], device)
 
 
 # ---------------------------------------------------------------- backbones and weights

@@ -23,7 +23,7 @@ from util import ID, InputError
 def test_json_is_strict_and_whole(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"b": np.float32(0.5), "a": np.int64(3), "path": tmp_path})
-    assert json.loads(path.read_text()) == {"a": 3, "b": 0.5, "path": str(tmp_path), "format": 2}
+    assert json.loads(path.read_text()) == {"a": 3, "b": 0.5, "path": str(tmp_path), "format": 3}
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"a": float("nan")})
     assert read_json(path)["a"] == 3  # the failed write left the old file

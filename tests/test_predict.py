@@ -15,8 +15,10 @@ from localize import Finder
 from plumbing.data import CORNERS
 from plumbing.files import read_json
 from plumbing.images import read_square
+from tasks import Binary
 from util import InputError
 
+BINARY = Binary(("1",), "auc")
 CPU = torch.device("cpu")
 
 
@@ -44,7 +46,7 @@ def test_new_images_score_as_the_test_set_did(runs_dir, data_dir, source, test_i
 
 
 def test_an_image_scores_the_same_alone_by_every_blend(runs, source, test_images, tmp_path, monkeypatch):
-    geometric = blends.Blend(value=lambda prob, history: np.log(prob), score=np.exp)
+    geometric = blends.Blend(lambda task, prob, history: np.log(prob), lambda task, average, history: np.exp(average))
     monkeypatch.setitem(blends.BLENDS, "geometric", geometric)  # a blend is one row
     made = {mode: ["--runs", "resnet", "cropnet"] for mode in blends.BLENDS}
     made["rank"] += ["--weights", "resnet=1", "cropnet=3"]
@@ -65,7 +67,7 @@ def test_images_are_decoded_and_searched_as_in_training(runs, test_images, tmp_p
     for exact in (True, False):
         change(runs / "chipnet" / "config.json", lambda config, exact=exact: config.update(exact=exact))
         image = torch.tensor(read_square(tmp_path / "a.jpg", 64, exact)[0]).permute(2, 0, 1)[None]
-        expected = [models.predict(network, [(image, image[:, :0])], CPU, tta=2) for network in networks]
+        expected = [models.predict(network, BINARY, [(image, image[:, :0])], CPU, tta=2) for network in networks]
         found.append(predict(runs / "chipnet", tmp_path / str(exact), tmp_path / "a.jpg")["prob"].item())
         assert found[-1] == pytest.approx(np.mean(expected), abs=1e-6)
     more = ["--amp", "bf16", "--no-pictures"]

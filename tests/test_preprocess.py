@@ -19,7 +19,10 @@ from plumbing.data import read_data
 from plumbing.files import read_json
 from plumbing.images import read_square
 from plumbing.runs import make_submission
+from tasks import Binary
 from util import FOLD, ID, PROB, TARGET, InputError
+
+BINARY = Binary(("1",), "auc")
 
 
 def words(source, output, *more):
@@ -92,7 +95,7 @@ def test_folds_keep_patients_whole_and_spread_positives_evenly(data_dir):
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(300), rng.integers(1, 8, 300))
     target = (rng.random(len(group)) < 0.1).astype(int)
-    folds = [preprocess.assign_folds(target, group, 3, seed) for seed in range(5)]
+    folds = [preprocess.assign_folds(BINARY, target[:, None], group, 3, seed) for seed in range(5)]
     for fold in folds:
         assert np.ptp(np.bincount(fold[target == 1])) <= 2  # of 40 in each; shuffled groups vary by some ten
         assert np.ptp(np.bincount(fold)) < 0.05 * len(fold)
@@ -101,7 +104,7 @@ def test_folds_keep_patients_whole_and_spread_positives_evenly(data_dir):
 
 def test_folds_of_single_rows_are_drawn_without_a_loop_over_groups(monkeypatch, recwarn):
     monkeypatch.setattr(sklearn.model_selection, "StratifiedGroupKFold", None)  # minutes for 400,000 groups
-    fold = preprocess.assign_folds(np.arange(30) % 2, np.arange(30), 3, seed=0)
+    fold = preprocess.assign_folds(BINARY, np.arange(30)[:, None] % 2, np.arange(30), 3, seed=0)
     assert np.bincount(fold).tolist() == [10, 10, 10]
     assert not recwarn.list
 

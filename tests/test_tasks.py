@@ -1,99 +1,283 @@
-"""Targets, scores, their intervals, and ranks."""
+"""Every kind of target from the table to the prediction of new images, on small drawn data."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import roc_auc_score
+from conftest import SMALL_MODEL, call, hashes, read
 
+import losses
+import scores
 import tasks
-import train
-from util import FOLD, ID, PROB, TARGET, InputError
+from plumbing.files import read_json
+from util import InputError
+
+ROWS = np.arange(28)  # of the drawn images: 24 to train on, 4 to test; pairs of rows are a patient
+SIZE = 64
 
 
-# ---------------------------------------------------------------- targets
-def target_of(*values, positive=None):
-    table = pd.DataFrame({ID: [f"im{i}" for i in range(len(values))], TARGET: values})
-    return tasks.read_target(table, "t.csv", positive).tolist()
+def labels_of(kind: str) -> dict[str, list]:
+    """Columns of labels for the drawn images; the picture shows whether row % 4 < 2."""
+    bright = ROWS % 4 < 2
+    if kind == "multiclass":
+        return {"diagnosis": np.where(bright, "bright one", np.where(ROWS % 8 < 4, "dark", "dull"))}
+    if kind == "multilabel":
+        late = np.where(ROWS % 5 == 4, np.nan, ROWS % 8 >= 4)
+        return {"bright": bright.astype(int), "late": late}
+    if kind == "words":  # several labels in one cell
+        return {"finding": np.where(bright, "bright|left", np.where(ROWS % 8 < 4, "left", "none"))}
+    return {"size": np.where(ROWS % 6 == 5, np.nan, bright * 3.5 + ROWS / 10)}
 
 
-@pytest.mark.parametrize("values", [(0, 1), (0.0, 1.0), (False, True), ("0", "1")])
-def test_targets_are_read_from_any_spelling_of_0_and_1(values):
-    assert target_of(*values) == [0, 1]
+COLUMNS = {
+    "multiclass": ["prob_bright one", "prob_dark", "prob_dull"],
+    "multilabel": ["prob_bright", "prob_late"],
+    "words": ["prob_bright", "prob_left", "prob_none"],
+    "regression": ["pred"],
+}
 
 
-@pytest.mark.parametrize("value", [None, 2, 0.5, np.inf, "benign"])
-def test_other_targets_are_refused_by_row(value):
-    with pytest.raises(InputError, match=rf"t\.csv.*im1.*'{'nan' if value is None else value}'.*; "):
-        target_of(0, value, 1)
+def prepare(source, folder, kind, *flags):
+    """A user's tables with labels of a kind, preprocessed."""
+    folder.mkdir()
+    labels = pd.DataFrame(labels_of(kind))
+    train, test = (read(source / f"{split}.csv").drop(columns="target", errors="ignore") for split in ("train", "test"))
+    pd.concat([train, labels[:24]], axis=1).to_csv(folder / "train.csv", index=False)
+    test.to_csv(folder / "test.csv", index=False)
+    return call("preprocess", "--train_csv", folder / "train.csv", "--image_dir", source / "images", "--output_dir",
+                folder / "data", "--size", SIZE, "--n_folds", 2, "--target_col", *labels, *flags)  # fmt: skip
 
 
-def test_one_label_of_several_can_be_the_positive_one():
-    labels = ["benign", "malignant", "benign", "scar"]
-    assert target_of(*labels, positive="malignant") == [0, 1, 0, 0]
-    assert target_of(0, 1, 2, positive="2") == [0, 0, 1]
-    with pytest.raises(InputError, match=r"(?=.*binary)(?=.*--positive)(?=.*malignant)(?=.*scar)"):
-        target_of(*labels)  # says that more than two classes are too many, and how to reduce them
-    with pytest.raises(InputError, match="im1"):
-        target_of("benign", None, positive="benign")  # a missing label is no negative one
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_a_kind_goes_from_the_table_to_new_images(source, tmp_path, kind, capsys):
+    data = prepare(source, tmp_path / "my", kind, *["--ordinal"] * (kind == "multiclass"))
+    expected, columns = "multilabel" if kind == "words" else kind, COLUMNS[kind]
+    assert f", {expected}, judged by " in capsys.readouterr().out
+    where = ["--data_dir", data, "--runs_dir", tmp_path / "runs"]
+    call("train", "--model", "chipnet", *where, *SMALL_MODEL, "--mixup", 0.4, "--label_smoothing", 0.1)
+    small = ["--data_dir", data, "--device", "cpu", "--backbone", "regnet_tiny", "--weights", "none"]
+    call("crop", "--run", tmp_path / "runs" / "chipnet", *small)
+    call("train", "--model", "fusion", *where, *SMALL_MODEL, "--fsg", "--gate_l1", 0.1)
+    for mode in ("mean", "rank", "logit", "weights"):
+        call("ensemble", mode, "--runs_dir", tmp_path / "runs", "--name", mode)
+        oof = read(tmp_path / "runs" / mode / "oof.csv")
+        assert list(oof)[-len(columns) :] == columns
+        assert len(oof) == 24
+        assert np.isfinite(oof[columns]).all(axis=None)
+        if kind == "multiclass":
+            assert np.allclose(oof[columns].sum(axis=1), 1)
+    metrics = read_json(tmp_path / "runs" / "weights" / "metrics.json")
+    task = read_json(data / "preprocess.json")["task"]
+    known = [name for name, metric in tasks.KINDS[expected].metrics.items() if task["ordinal"] or not metric.ordinal]
+    assert set(known) <= metrics["pooled"].keys()
+    submission = read(tmp_path / "runs" / "weights" / "submission.csv")
+    assert list(submission) == ["image_name", *(["size"] if kind == "regression" else task["names"])]
+    images = [source / "images" / f"{name}.jpg" for name in ("0024", "0026")]
+    where = ["--run", tmp_path / "runs" / "weights", "--output", tmp_path / "out", "--device", "cpu"]
+    out = call("predict", *where, *images, "--csv", source / "test.csv")
+    test = read(tmp_path / "runs" / "weights" / "test_predictions.csv").groupby("image_name")[columns].mean()
+    found = read(out / "predictions.csv").set_index("image_name")
+    assert np.allclose(found[columns], test.loc[["0024", "0026"]], atol=1e-4)  # one image, one prediction
+    assert (out / "0024.png").exists()
+    call("audit", tmp_path / "runs" / "weights", "--device", "cpu")
 
 
-# ---------------------------------------------------------------- scores
-def test_weighted_auc_is_sklearns_with_ties_and_weights():
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression"])
+def test_a_stopped_training_of_a_kind_goes_on_bit_equal(source, tmp_path, kind):
+    data = prepare(source, tmp_path / "my", kind)
+    words = ["--model", "resnet", "--data_dir", data, *SMALL_MODEL, "--fold", 0, "--patience", 9]
+    straight = call("train", *words, "--runs_dir", tmp_path / "a", "--epochs", 2)
+    stopped = call("train", *words, "--runs_dir", tmp_path / "b", "--epochs", 1)
+    for path in stopped.glob("fold0_metrics.json"):
+        path.unlink()  # as if it had been stopped before its last file
+    config = read_json(stopped / "config.json")
+    config["args"]["epochs"] = 2
+    from plumbing.files import write_json
+
+    write_json(stopped / "config.json", config)
+    call("train", *words, "--runs_dir", tmp_path / "b", "--epochs", 2, "--resume")
+    same = [path for path in hashes(straight) if path.endswith(("oof.csv", "best.pt"))]
+    assert len(same) == 3
+    for path in same:
+        assert hashes(straight)[path] == hashes(stopped)[path.replace("/a/", "/b/")]
+
+
+# ---------------------------------------------------------------- reading labels
+def task_of(values, *columns, **options):
+    table = pd.DataFrame(dict(zip(columns, values, strict=True)) if columns else {"label": values})
+    table.insert(0, "image_name", [f"im{i}" for i in range(len(table))])
+    labels = list(table)[1:]
+    task = tasks.find_task(table, "t.csv", labels, **options)
+    return task, tasks.read_target(task, table, "t.csv", labels)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "names"),
+    [
+        ([0, 1, 1], "binary", ("1",)),
+        ([False, True, True], "binary", ("1",)),
+        (["benign", "benign", "malignant"], "binary", ("malignant",)),
+        ([1, 2, 1], "binary", ("2",)),
+        ([10, 2, 1, 1], "multiclass", ("1", "2", "10")),
+        (["basal cell carcinoma", "squamous cell carcinoma", "nevus"], "multiclass",
+         ("basal cell carcinoma", "nevus", "squamous cell carcinoma")),
+        (["a", "b", "a b", "b a"], "multilabel", ("a", "b")),
+        (["big mass|nodule", "nodule", "big mass", "none"], "multilabel", ("big mass", "nodule", "none")),
+        ([0.5, 2, 3.25], "regression", ("label",)),
+        ([0.5, None, 3.25], "regression", ("label",)),
+    ],
+)  # fmt: skip
+def test_the_kind_is_what_labels_look_like(values, kind, names):
+    task, _ = task_of(values)
+    assert (task.kind, task.names) == (kind, names)
+    again = tasks.task_of(task.facts())
+    assert again == task
+
+
+def test_empty_cells_are_unknown_where_that_makes_sense():
+    _, target = task_of(([0, 1, None], [1, 0, 1]), "a", "b")
+    assert np.array_equal(target, [[0, 1], [1, 0], [np.nan, 1]], equal_nan=True)
+    _, target = task_of(["a", None, "b", "a,b"], kind="multilabel")
+    assert np.array_equal(target, [[1, 0], [np.nan, np.nan], [0, 1], [1, 1]], equal_nan=True)
+    _, target = task_of([0.5, None, 3])
+    assert np.array_equal(target, [[0.5], [np.nan], [3]], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "word"),
+    [
+        ([0, 1, None], {}, "im2"),
+        (["a", "b", "c", None], {}, "im3"),
+        ([0.5, 1.5, "x"], {}, "im2"),
+        ([0.5, 1.5, np.inf], {}, "im2"),
+        ([1, 1, 1], {}, "same"),
+        ([0, 1, 2], {"positive": "7"}, "same.*7"),
+        (["a", "b", "c"], {"kind": "binary"}, "--positive"),
+        (["a", "b", "c"], {"kind": "regression"}, "im0"),
+        (["a", "b", "c"], {"metric": "mae"}, "auc"),
+        (["a", "b", "c"], {"metric": "kappa"}, "--ordinal"),
+        (["a", "b", "c"], {"kind": "multiclass", "positive": "a"}, "--positive"),
+    ],
+)
+def test_labels_that_do_not_fit_are_named(values, options, word):
+    with pytest.raises(InputError, match=word):
+        task_of(values, **options)
+
+
+def test_a_label_that_the_sample_submission_lacks_is_named():
+    task, _ = task_of(["a", "b", "c"])
+    prob = np.array([[0.2, 0.5, 0.3]])
+    assert task.submit(prob, ["label"])["label"].tolist() == ["b"]
+    assert task.submit(prob, ["p_c", "p_a", "p_b"])["p_c"].tolist() == [0.3]
+    with pytest.raises(InputError, match="sample submission"):
+        task.submit(prob, ["a", "b"])
+
+
+# ---------------------------------------------------------------- scores and losses
+def test_unknown_labels_are_neither_trained_on_nor_scored():
+    import torch
+
+    task, target = task_of(([0, 1, None, 1], [1, 0, 1, None]), "a", "b")
+    prob = np.array([[0.2, 0.7], [0.6, 0.4], [0.9, 0.8], [0.7, 0.1]])
+    assert scores.OF_LABELS["auc"].of(target, prob) == 1.0  # of both labels, over what is known
+    logit = torch.zeros(4, 2, requires_grad=True)
+    losses.loss_of(task, "bce", logit, torch.from_numpy(task.goal(target))).sum().backward()
+    assert (logit.grad == 0).tolist() == np.isnan(target).tolist()
+
+
+def test_scores_are_sklearns():
+    from sklearn import metrics
+
     rng = np.random.default_rng(0)
-    target, prob = rng.integers(0, 2, 200), rng.integers(0, 12, 200) / 12
-    weight = rng.integers(0, 3, 200)
-    expected = roc_auc_score(target, prob, sample_weight=weight)
-    assert tasks.weighted_auc(target, prob, weight) == pytest.approx(expected, abs=1e-12)
-    assert tasks.Ranked(target, prob).auc() == pytest.approx(roc_auc_score(target, prob), abs=1e-12)
-    assert np.isnan(tasks.weighted_auc(np.ones(3), prob[:3]))
-    assert np.isnan(tasks.weighted_auc(target, prob, target))  # no negative was drawn
+    target, prob = rng.integers(0, 4, (200, 1)).astype(float), rng.dirichlet(np.ones(4), 200)
+    group, (task, _) = np.arange(200), task_of([0, 1, 2, 3], ordinal=True)
+    found = tasks.score(task, target, prob, group)
+    decided = prob.argmax(axis=1)
+    assert found["auc"] == pytest.approx(metrics.roc_auc_score(target[:, 0], prob, multi_class="ovr"))
+    assert found["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(target[:, 0], decided))
+    assert found["balanced_accuracy_of_baseline"] == 0.25
+    assert found["kappa"] == pytest.approx(metrics.cohen_kappa_score(target[:, 0], decided, weights="quadratic"))
+    assert found["logloss"] == pytest.approx(metrics.log_loss(target[:, 0], prob))
+    assert found["auc_interval"][0] < found["auc"] < found["auc_interval"][1]
+    assert found["counts"] == {str(i): int((target == i).sum()) for i in range(4)}
+
+    value = rng.normal(size=(200, 1))
+    close = value + rng.normal(size=(200, 1))
+    value[:10] = np.nan
+    task = tasks.task_of({"kind": "regression", "names": ["size"], "metric": "r2"})
+    found = tasks.score(task, value, close, group)
+    assert found["rows"] == 190
+    assert found["r2"] == pytest.approx(metrics.r2_score(value[10:], close[10:]))
+    assert found["mae"] == pytest.approx(metrics.mean_absolute_error(value[10:], close[10:]))
+    assert found["mae_of_baseline"] < found["mae"] * 2
+    assert tasks.main_score(task, value, close) == found["r2"]
+    worse = tasks.task_of({"kind": "regression", "names": ["size"], "metric": "mae"})
+    assert tasks.main_score(worse, value, close) == -found["mae"]
 
 
-def test_a_prediction_that_is_not_a_number_never_wins():
-    assert np.isnan(auc := tasks.weighted_auc(np.array([0, 0, 1, 1]), np.array([0.1, 0.2, 0.3, np.nan])))
-    assert not train.Progress(best_epoch=1, best_valid_auc=0.5).note({"epoch": 2, "valid_auc": auc, "seconds": 1})
+def test_a_quantity_is_standardised_by_training_rows_and_comes_back():
+    task = tasks.task_of({"kind": "regression", "names": ["size"], "metric": "mae"})
+    fitted = task.fitted(np.array([[10.0], [np.nan], [30.0]]))
+    assert (fitted.mean, fitted.std) == (20, 10)
+    values = np.array([[0.0], [25.0]])
+    assert np.allclose(fitted.prob(fitted.logit(values)), values)
+    assert np.allclose(fitted.goal(values), [[-2], [0.5]])
 
 
-def test_partial_auc_is_the_area_above_80_percent_sensitivity():
-    target = np.array([0, 0, 1, 1])
-    assert tasks.partial_auc(target, np.array([0.1, 0.2, 0.8, 0.9])) == pytest.approx(0.2)
-    assert tasks.partial_auc(target, np.array([0.9, 0.8, 0.2, 0.1])) == pytest.approx(0, abs=1e-9)
-    assert tasks.partial_auc(target, np.full(4, 0.5)) == pytest.approx(0.02)
+def test_strata_are_classes_rarest_labels_and_quantiles():
+    task, target = task_of([3, 1, 2, 1])
+    assert task.strata(target).tolist() == [2, 0, 1, 0]
+    task, target = task_of(([1, 1, 0, 1], [0, 1, 0, 0]), "a", "b")
+    assert task.strata(target).tolist() == [1, 2, 0, 1]
+    task, target = task_of([0.5, *range(10, 19), None])
+    strata = task.strata(target)
+    assert strata[-1] == 0
+    assert np.bincount(strata[:-1])[1:].tolist() == [2, 2, 2, 2, 2]
 
 
-def test_interval_covers_the_auc_and_widens_with_groups():
-    rng = np.random.default_rng(1)
-    target = np.repeat(rng.integers(0, 2, 60), 5)  # five like images a patient
-    prob = np.repeat(rng.normal(size=60), 5) + target
-    rows, groups = np.arange(300), np.repeat(np.arange(60), 5)
-    alone, together = (tasks.auc_interval(target, prob, g) for g in (rows, groups))
-    weights = next(tasks.bootstrap_weights(groups)).reshape(60, 5)
-    assert (weights == weights[:, :1]).all()  # a patient is drawn whole
-    assert weights.sum() == 300
-    assert together[0] < alone[0] < roc_auc_score(target, prob) < alone[1] < together[1]
+# ---------------------------------------------------------------- a kind from outside
+class Count(tasks.Regression):
+    """A number of things: the exponential of the output, learned as it is."""
+
+    kind = "count"
+
+    def goal(self, target):
+        return np.log1p(target).astype(np.float32)
+
+    def prob(self, logit):
+        return logit.exp() - 1
+
+    def logit(self, prob):
+        return np.log1p(np.maximum(prob, 0))
 
 
-def test_scores_of_folds_with_their_mean():
-    prob = np.array([0.1, 0.9, 0.2, 0.8, 0.7, 0.3, 0.6, 0.5])
-    oof = pd.DataFrame({ID: list("abcdefgh"), FOLD: [0, 0, 0, 0, 2, 2, 2, 2], TARGET: [0, 1] * 4, PROB: prob})
-    scores = tasks.score_folds(oof, pd.Series(range(8), index=list("abcdefgh")), [0, 2])
-    assert [(fold["fold"], fold["rows"], fold["positives"]) for fold in scores["folds"]] == [(0, 4, 2), (2, 4, 2)]
-    assert [fold["auc"] for fold in scores["folds"]] == [1.0, 0.0]
-    assert scores["mean_auc"] == 0.5
-    assert scores["pooled"]["auc"] == pytest.approx(roc_auc_score(oof[TARGET], prob))
-    assert scores["ranked"]["auc"] == pytest.approx(roc_auc_score(oof[TARGET], tasks.rank_in_fold(prob, oof[FOLD])))
-    assert set(tasks.score(np.zeros(3, int), np.arange(3.0), np.arange(3)).values()) == {3, 0, None}  # of one class
+def test_a_new_kind_is_one_class_and_one_row(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(tasks.KINDS, "count", Count)
+    data = prepare(source, tmp_path / "my", "regression", "--task", "count")
+    run = call("train", "--model", "resnet", "--data_dir", data, "--runs_dir", tmp_path, *SMALL_MODEL, "--fold", 0)
+    oof = read(run / "oof.csv")
+    assert (oof["pred"] > -1).all()
+    assert read_json(run / "metrics.json")["pooled"]["mae"] > 0
 
 
-# ---------------------------------------------------------------- ranks and rows
-def test_a_rank_is_the_share_of_predictions_below():
-    history = np.array([0.4, 0.1, 0.2, 0.2])
-    assert tasks.rank_among(history, np.array([0.0, 0.2, 0.3, 0.4, 1.0])).tolist() == [0, 0.5, 0.75, 0.875, 1]
-    prob, fold = np.array([0.1, 0.9, 0.8, 0.2]), np.array([0, 0, 1, 1])
-    assert tasks.rank_in_fold(prob, fold).tolist() == [0.25, 0.75, 0.75, 0.25]
-
-
-def test_a_dry_run_takes_the_first_rows_of_both_classes():
-    target, rows = np.array([0, 0, 0, 1, 0, 1, 1]), np.array([1, 2, 3, 4, 6])
-    assert tasks.pick_rows(target, rows, None).tolist() == [1, 2, 3, 4, 6]
-    assert tasks.pick_rows(target, rows, 2).tolist() == [1, 2, 3, 6]
+# ---------------------------------------------------------------- folders instead of a table
+def test_folders_of_classes_need_no_table(source, tmp_path, capsys):
+    labels = read(source / "train.csv").set_index("image_name")["target"]
+    for name, target in labels.items():
+        folder = tmp_path / "photos" / ("dull" if target else "bright")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jpg").write_bytes((source / "images" / f"{name}.jpg").read_bytes())
+    (tmp_path / "new" / "deep").mkdir(parents=True)
+    (tmp_path / "new" / "deep" / "0003.jpg").write_bytes((source / "images" / "0026.jpg").read_bytes())
+    words = ["--image_dir", tmp_path / "photos", "--test_image_dir", tmp_path / "new", "--size", 32, "--n_folds", 2]
+    data = call("preprocess", *words, "--output_dir", tmp_path / "data", "--positive", "dull")
+    table = read(data / "train.csv").set_index("image_name")
+    assert table["target"].to_dict() == {f"{'dull' if t else 'bright'}/{name}": t for name, t in labels.items()}
+    assert read(data / "test.csv")["image_name"].tolist() == ["deep/0003"]
+    assert "2 classes (bright, dull), binary" in capsys.readouterr().out
+    run = call("train", "--model", "resnet", "--data_dir", data, "--runs_dir", tmp_path, *SMALL_MODEL, "--fold", 0)
+    assert list(read(run / "submission.csv")) == ["image_name", "target"]
+    dry = call("preprocess", *words, "--output_dir", tmp_path / "dry", "--limit", 12)
+    assert len(read(dry / "train.csv")) == 12  # of both classes
+    (tmp_path / "photos" / "stray.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match="stray.*class folder"):
+        call("preprocess", *words, "--output_dir", tmp_path / "other")

@@ -2,6 +2,7 @@
 
 import multiprocessing.process
 import os
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -21,8 +22,11 @@ import train
 from plumbing import gates
 from plumbing.data import MetaEncoder, read_data
 from plumbing.files import read_json
+from scores import auc
+from tasks import Binary
 from util import InputError
 
+BINARY = Binary(("1",), "auc")
 NO_NORM = ["--backbone", "vit_tiny", "--meta_cols"]  # the metadata branch has batch norms, this backbone none
 TWO_EPOCHS = ["--fold", 0, "--epochs", 2, "--patience", 2]
 
@@ -30,8 +34,8 @@ TWO_EPOCHS = ["--fold", 0, "--epochs", 2, "--patience", 2]
 def fit(data_dir, runs, *more, model="resnet"):
     """Train a small network. Figures stay empty, which are much of the time otherwise."""
     with (
-        mock.patch.object(plumbing.runs, "plot_curves", lambda path, log: path.touch()),
-        mock.patch.object(plumbing.runs, "plot_roc", lambda path, oof: path.touch()),
+        mock.patch.object(plumbing.runs, "plot_curves", lambda path, *_: path.touch()),
+        mock.patch.object(plumbing.runs, "plot_predictions", lambda run_dir, *_: (run_dir / "roc.png").touch()),
         quick_hair(),
     ):
         return call("train", "--model", model, "--data_dir", data_dir, "--runs_dir", runs, *SMALL_MODEL, *more)
@@ -39,7 +43,7 @@ def fit(data_dir, runs, *more, model="resnet"):
 
 def settings(data_dir, *more, model="resnet"):
     words = ["--model", model, "--data_dir", data_dir, *SMALL_MODEL, *more]
-    return train.fill_defaults(train.get_args_parser().parse_args([str(word) for word in words]))
+    return train.fill_defaults(train.get_args_parser().parse_args([str(word) for word in words]), BINARY)
 
 
 def state_of(run, part="model"):
@@ -96,14 +100,14 @@ def test_the_average_is_scored_and_kept(data_dir, tmp_path):
     last, average, oof = state_of(run), state_of(run, "average"), pd.read_csv(run / "oof.csv")
     assert all(torch.equal(value, average[f"module.{key}"]) for key, value in best.items())
     assert not torch.equal(best["head.1.weight"], last["head.1.weight"])
-    loss = losses.loss_of_prob("focal", *(oof[name].to_numpy(copy=True) for name in ("prob", "target")))
+    loss = losses.loss_of_prob(BINARY, "focal", *(oof[[name]].to_numpy(copy=True) for name in ("prob", "target")))
     assert pd.read_csv(run / "log.csv")["valid_loss"][0] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("backbone", ["vit_tiny", "timm:test_vit"])
 def test_layer_decay_falls_from_the_last_block_to_the_first(data_dir, backbone):
     args = settings(data_dir, "--backbone", backbone, "--layer_decay", 0.5, "--lr", 1, model="fsg_vit")
-    model = models.build_model(train.make_spec(args, 64, meta_dim=2))
+    model = models.build_model(train.make_spec(args, read_data(data_dir), meta_dim=2))
     groups = train.make_routing(args, model, model, None).optimizer.param_groups
     rate_of = {id(p): group["lr"] for group in groups for p in group["params"]}
     rates = [rate_of[id(p)] for p in fsg.weight_parameters(model.backbone)]
@@ -111,7 +115,7 @@ def test_layer_decay_falls_from_the_last_block_to_the_first(data_dir, backbone):
     assert rates == sorted(rates)
     assert sorted(set(rates)) == [0.5**above for above in range(n_blocks + 1, -1, -1)]
     assert len(rate_of) == len(fsg.weight_parameters(model))
-    flat = models.build_model(train.make_spec(settings(data_dir), 64))
+    flat = models.build_model(train.make_spec(settings(data_dir), read_data(data_dir)))
     with pytest.raises(InputError, match="layer_decay"):
         train.make_routing(settings(data_dir, "--layer_decay", 0.5), flat, flat, None)
 
@@ -144,13 +148,12 @@ def test_the_number_of_workers_changes_nothing_and_they_start_once(data_dir, tmp
 
 def test_early_stopping_keeps_the_best_epoch(data_dir, tmp_path, monkeypatch):
     aucs = iter([0.6, 0.8, 0.7, 0.8])  # an equal AUC is no improvement
-    monkeypatch.setattr(train, "weighted_auc", lambda *_: next(aucs))
+    monkeypatch.setattr(train, "main_score", lambda *_: next(aucs))
     run = fit(data_dir, tmp_path, "--fold", 0, "--epochs", 9, "--patience", 2, "--schedule", "cosine", "--lr", 0.01)
     assert models.load_checkpoint(run / "fold0_best.pt")[1]["epoch"] == 2
     log, facts = pd.read_csv(run / "log.csv"), read_json(run / "fold0_metrics.json")
-    assert log["valid_auc"].tolist() == [0.6, 0.8, 0.7, 0.8]
     assert log["lr"].tolist() == pytest.approx([0.01 * losses.lr_factor("cosine", n, 9) for n in log["epoch"]])
-    assert (facts["best_epoch"], facts["epochs"], facts["best_valid_auc"], facts["last_valid_auc"]) == (2, 4, 0.8, 0.8)
+    assert (facts["best_epoch"], facts["epochs"], facts["best_score"], facts["last_score"]) == (2, 4, 0.8, 0.8)
 
 
 def test_diverging_training_stops_and_keeps_the_batch(data_dir, tmp_path):
@@ -205,7 +208,7 @@ def test_only_training_crops_are_jittered(data_dir, runs_dir):
     for model, more, kinds in (("cropnet", [], [jittered]), ("cropnet", ["--no-jitter"], [stored]),
                                ("fusion", [], [stored, jittered]), ("resnet", [], [jittered])):  # fmt: skip
         args = settings(data_dir, "--crop_dir", data_dir / "crops" / "chipnet", *more, model=model)
-        images, _ = dataset.make_images(read_data(data_dir), 0, args, models.MODELS[model])
+        images, *_ = dataset.make_images(read_data(data_dir), 0, args, models.MODELS[model])
         assert [type(source) for source in images["train"].sources] == kinds
         for part in ("valid", "test"):
             assert [type(source) for source in images[part].sources] == [stored] * len(kinds)
@@ -254,7 +257,7 @@ def test_gates_on_any_model(data_dir, runs_dir, tmp_path, model):
     assert log.groupby(["fold", "epoch"]).size().tolist() == [1 + len(fsg.gate_values(network))] * 4
     assert log[log["branch"] == "all"]["mean"][:2].tolist() == pytest.approx(history.mean(axis=1).tolist(), abs=1e-6)
     assert prune.groupby(["fold", "ranking"]).size().tolist() == [5] * 6
-    assert prune[prune["share"] == 0].groupby("fold")["auc"].nunique().tolist() == [1, 1]
+    assert prune[prune["share"] == 0].groupby("fold")["score"].nunique().tolist() == [1, 1]
     assert (run / "fold1_gates.png").exists()
 
 
@@ -269,7 +272,7 @@ def test_prune_curve_leaves_the_network_and_finds_the_gates_that_matter():
         return model(x)[:, 0].detach().double().numpy()
 
     target = (predict(model) > np.median(predict(model))).astype(int)
-    curve = {point[:2]: point[2] for point in gates.prune_curve(predict, model, target)}
+    curve = {point[:2]: point[2] for point in gates.prune_curve(predict, model, partial(auc, target))}
     assert curve["gate", 0.0] == 1
     assert curve["gate", 0.9] > 0.95  # 16 of 240 gates carry it
     assert curve["chance", 0.9] < curve["gate", 0.9]
