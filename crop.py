@@ -38,7 +38,7 @@ from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
 from plumbing.files import copy, finish_output, open_output, provenance, sha256, write_table
 from plumbing.guards import check_unseen, fold_weights
-from plumbing.images import ImageIndex, centre_square, configure_pillow, name_key, read_crops
+from plumbing.images import ImageIndex, configure_pillow, frame_of, name_key, read_crops
 from plumbing.runs import read_run
 from util import FOLD, ID, PLACE, InputError
 
@@ -80,14 +80,14 @@ def learn_saliencies(data: Data, path: Path, args: argparse.Namespace, device: t
     models.save_checkpoint(path, network, spec, saliency=parts)
 
 
-def read_boxes(path: Path, table: pd.DataFrame) -> list[Box]:
-    """Boxes of a table's images from a csv, made square; the whole square for images that have none there."""
+def read_boxes(path: Path, table: pd.DataFrame, frame: str) -> list[Box]:
+    """Boxes of a table's images from a csv, made square; the whole frame for images that have none there."""
     given = read_table(path, CORNERS).dropna(subset=CORNERS, how="all")
     corners = np.column_stack([numbers(given, column, path) for column in CORNERS])
     found, boxes = dict(zip(given[ID].map(name_key), corners, strict=True)), []
     for name, width, height in table[[ID, "width", "height"]].itertuples(index=False, name=None):
         if name_key(name) not in found:
-            boxes.append(Box(*centre_square(width, height), f"no box in {path.name}"))
+            boxes.append(Box(*frame_of(width, height, frame), f"no box in {path.name}"))
             continue
         x0, y0, x1, y1 = found[name_key(name)]
         if not (-EDGE <= x0 < x1 <= width + EDGE and -EDGE <= y0 < y1 <= height + EDGE):
@@ -114,7 +114,7 @@ class Cropper:
         self.originals = list(self.table[["width", "height"]].itertuples(index=False, name=None))
         self.boxes: list[Box | None] = [None] * len(self.table)
         if args.source == "boxes":
-            self.boxes = read_boxes(args.boxes, self.table)
+            self.boxes = read_boxes(args.boxes, self.table, data.facts["frame"])
             if split == "train" and all(box.reason for box in self.boxes):
                 raise InputError(f"{args.boxes} has a box of none of the training images; write names as in the table")
 
@@ -134,7 +134,7 @@ class Cropper:
             crops[name] = PartialArray(array_path(self.folder, name, side), (n, side, side, 3))
         self.arrays = dict(crops)
         if finder is not None:
-            shape = finder.maps(self.stored[[0]], device, amp=args.amp).shape
+            shape = finder.maps(self.stored[[0]], device, self.originals[:1], amp=args.amp).shape
             path = self.folder / f"{self.split}_attention.npy"
             self.arrays["attention"] = PartialArray(path, (n, *shape[1:]), np.float32)
         filling = Filling(self.folder / f"{self.split}_done.npy", list(self.arrays.values()), n)
@@ -154,7 +154,8 @@ class Cropper:
             for rows, folds, _ in self.groups(finder):
 
                 def maps_of(chunk: np.ndarray, folds=folds) -> np.ndarray:
-                    return finder.maps(self.stored[chunk], device, folds, args.amp, args.batch_size)
+                    sizes = [self.originals[row] for row in chunk]
+                    return finder.maps(self.stored[chunk], device, sizes, folds, args.amp, args.batch_size)
 
                 filling.run(rows, work, args.workers, bar, maps_of if finder is not None else None)
 
@@ -196,7 +197,7 @@ def plot_montage(path: Path, data: Data, cropper: Cropper) -> None:
     rows = np.concatenate([np.flatnonzero(strata == stratum)[:some] for stratum in np.unique(strata)[::-1]])
     figure = new_figure(figsize=(7, 2.2 * len(rows)))
     for axes, row in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
-        box, (left, top, right, _) = cropper.boxes[row], centre_square(*cropper.originals[row])
+        box, (left, top, right, _) = cropper.boxes[row], frame_of(*cropper.originals[row], data.facts["frame"])
         inside = Box(box.x0 - left, box.y0 - top, box.x1 - left, box.y1 - top)  # of the stored square
         attention = None if maps is None else localize.upsample(maps[row])
         draw_row(axes, cropper.stored[row], (right - left, right - left), inside, attention, crops[row])
@@ -232,6 +233,7 @@ def main(args: argparse.Namespace) -> Path:
         raise InputError(f"--class is for the maps of a trained run: one of {', '.join(data.task.names)}")
     how = {key: getattr(args, key) for key in ("source", "rule", "views", "shifts", "amp", "class_name")}
     how["num_devs"] = args.num_devs if args.rule == "original" else None
+    how |= {"centre": args.centre if args.rule == "component" else None, "frame": data.facts["frame"]}
     trained = {f"fold{k}_network.pt": sha256(path) for k, path in found.items()}
     settings = how | {"folds_sha256": data.folds_sha256, "arrays": data.facts["sha256"], "limit": args.limit,
                       "backbone": args.backbone, "weights": args.weights, "trained": trained,
@@ -275,6 +277,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, help="where to write NAME/ [crops/ in data_dir]")
     add("--rule", choices=sorted(localize.RULES), default="component", help="how a box is found in a map")
     add("--num_devs", type=util.number(float, -100, 100), default=1.5, help="--rule original: mean + num_devs * std")
+    add("--centre", type=util.number(float, 0, 10), default=localize.CENTRE, help="--rule component: width of "
+        "the prior that subjects are in the centre, in sides; 0: none")
     add("--views", type=int, choices=(1, 2, 4, 8), default=4, help="symmetries over which maps are averaged")
     add("--shifts", type=int, choices=(1, 2), default=2, help="2: chips also shifted by half, for a map twice as fine")
     add("--batch_size", type=count, help="images that networks see at a time [16; 256 on a GPU]")

@@ -1,8 +1,8 @@
 """Where to look: maps, from maps to boxes, and the Finder that does both for training images and new ones alike.
 
-A map (h, w) covers the centre square of an original image; a box lies in the original's pixels. Maps come from
-anything with attention(image, views) -> (N, h, w), positive, summing to 1: a ChipNet, a Saliency (no labels), a
-GradCam (any trained network), or a Product of them. A new source of maps is a row of SOURCES.
+A map (h, w) covers the centre square of an original image, or with padding all of it; a box lies in the original's
+pixels. Maps come from anything with attention(image, views) -> (N, h, w), positive, summing to 1: a ChipNet, a Saliency
+(no labels), a GradCam (any trained network), or a Product of them. A new source of maps is a row of SOURCES.
 
     box = find_box(attention, image_size=(width, height))
 
@@ -33,7 +33,7 @@ from tqdm import tqdm
 from models import autocast, load_checkpoint, mean_over_views
 from plumbing.data import MetaEncoder
 from plumbing.files import check_hashes
-from plumbing.images import centre_square
+from plumbing.images import frame_of
 from tasks import task_of
 from util import InputError
 
@@ -48,6 +48,7 @@ PAD = 0.18  # of the blob's side, on each side: border and context are diagnosti
 MIN_SIDE = 0.2  # of the square; smaller crops only magnify JPEG noise
 FULL_SIDE = 0.85  # of the square; larger crops gain nothing over the whole
 FLAT = 0.985  # normalised entropy above which a map says nothing
+WHOLE = partial(np.asarray)  # the part of a raster that lies in the image: all of it
 
 # saliency
 SALIENCY_STRIDES = (4, 8, 16)  # of the feature maps that are read; the map has stride 4
@@ -345,6 +346,14 @@ def entropy(attention: np.ndarray) -> float:
     return float(-(share * np.log(share)).sum() / np.log(attention.size))
 
 
+def inside(image_size: tuple[int, int], frame: str, cells: int) -> tuple[slice, slice]:
+    """Rows and columns of a raster (cells, cells) of what the networks see that lie in the image; all but padding."""
+    left, top, right, bottom = frame_of(*image_size, frame)
+    ends = [(-top, image_size[1] - top), (-left, image_size[0] - left)]
+    ends = [np.clip(np.rint(np.array(pair) * cells / (right - left)), 0, cells).astype(int) for pair in ends]
+    return tuple(slice(min(start, end - 1), end) for start, end in ends)
+
+
 # ---------------------------------------------------------------- map -> box
 def bounding_square(mask: np.ndarray, pad: float) -> tuple[float, float, float]:
     """Smallest square around a mask, widened: centre x, centre y and side in mask pixels."""
@@ -353,9 +362,9 @@ def bounding_square(mask: np.ndarray, pad: float) -> tuple[float, float, float]:
     return (x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) * (1 + 2 * pad)
 
 
-def original_rule(attention: np.ndarray, num_devs: float = 1.5):
+def original_rule(attention: np.ndarray, part: Callable = WHOLE, num_devs: float = 1.5):
     """The original's square around every pixel above mean + num_devs * std, or a reason."""
-    raster = upsample(attention)
+    raster = part(upsample(attention))
     mask = raster > raster.mean() + num_devs * raster.std()
     if not mask.any():
         return "no pixel above the threshold"
@@ -370,13 +379,15 @@ def otsu(raster: np.ndarray) -> float:
     return low + (level + 0.5) / 255 * (high - low)
 
 
-def pick_blobs(raster: np.ndarray, threshold: float) -> np.ndarray:
-    """Blobs of a map (n, n) above a threshold that are, or belong to, the subject: bool (n, n). A blob counts by its
-    mass, less far from the centre, and less where the frame cuts it off."""
+def pick_blobs(raster: np.ndarray, threshold: float, centre: float = CENTRE) -> np.ndarray:
+    """Blobs of a map (n, m) above a threshold that are, or belong to, the subject: bool (n, m). A blob counts by its
+    mass, less far from the centre (by a normal density of width `centre`, in long sides; 0: everywhere alike), and less
+    where the frame cuts it off."""
     mask = (raster >= threshold).astype(np.uint8)
     count, labels = cv2.connectedComponents(mask, connectivity=8)
-    offset = (np.arange(len(raster)) + 0.5) / len(raster) - 0.5
-    prior = np.exp(-(offset[:, None] ** 2 + offset**2) / (2 * CENTRE**2))
+    side = max(raster.shape)
+    down, right = ((np.arange(n) + 0.5) / side - n / (2 * side) for n in raster.shape)
+    prior = np.exp(-(down[:, None] ** 2 + right**2) / (2 * centre**2)) if centre else np.ones(raster.shape)
     weight = np.bincount(labels.ravel(), (raster * prior).ravel(), minlength=count)
     frame = np.concatenate([labels[0], labels[-1], labels[1:-1, 0], labels[1:-1, -1]])
     on_frame = np.bincount(frame, minlength=count)
@@ -386,31 +397,34 @@ def pick_blobs(raster: np.ndarray, threshold: float) -> np.ndarray:
     return ((weight >= KEEP * weight.max()) & (weight > 0))[labels]
 
 
-def component_rule(attention: np.ndarray):
+def component_rule(attention: np.ndarray, part: Callable = WHOLE, centre: float = CENTRE):
     """Square around the heaviest blobs of the smoothed map, or a reason."""
-    if entropy(attention) > FLAT:
+    if entropy(part(attention)) > FLAT:
         return "flat map"
     sigma = SMOOTHING * GRID / len(attention)
-    raster = cv2.GaussianBlur(upsample(attention), (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
+    raster = cv2.GaussianBlur(part(upsample(attention)), (0, 0), sigma, borderType=cv2.BORDER_REFLECT)
     raster = np.maximum(raster - np.percentile(raster, BACKGROUND), 0)
     if raster.max() <= 0:
         return "flat map"
-    x, y, side = bounding_square(pick_blobs(raster, THRESHOLD * raster.max()), PAD)
+    x, y, side = bounding_square(pick_blobs(raster, THRESHOLD * raster.max(), centre), PAD)
     if side >= FULL_SIDE * GRID:
         return "fills the image"
     return x, y, max(side, MIN_SIDE * GRID)
 
 
 def fit_in(x: float, y: float, side: float, frame: tuple) -> tuple[float, float]:
-    """Upper left corner of the square around (x, y), shifted into a frame (x0, y0, x1, y1)."""
-    x0 = float(np.clip(x - side / 2, frame[0], frame[2] - side))
-    y0 = float(np.clip(y - side / 2, frame[1], frame[3] - side))
-    return x0, y0
+    """Upper left corner of the square around (x, y), shifted into a frame (x0, y0, x1, y1), or centred on it along an
+    axis on which it is longer."""
+    corner = []
+    for middle, low, high in ((x, frame[0], frame[2]), (y, frame[1], frame[3])):
+        room = high - low - side
+        corner.append(float(np.clip(middle - side / 2, low, high - side)) if room >= 0 else low + room / 2)
+    return corner[0], corner[1]
 
 
 def widen(box: Box, factor: float, image_size: tuple[int, int]) -> Box:
     """A box around a box, `factor` times as wide where the original has the room."""
-    side = min(box.side * factor, *image_size)
+    side = max(box.side, min(box.side * factor, *image_size))
     middle = (box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2
     x0, y0 = fit_in(*middle, side, (0, 0, *image_size))
     return Box(x0, y0, x0 + side, y0 + side)
@@ -431,21 +445,31 @@ def excess_mass(attention: np.ndarray, box: Box, square: tuple) -> float:
 
 
 def find_box(
-    attention: np.ndarray, image_size: tuple[int, int], rule: str = "component", num_devs: float | None = None
+    attention: np.ndarray,
+    image_size: tuple[int, int],
+    rule: str = "component",
+    num_devs: float | None = None,
+    centre: float | None = None,
+    frame: str = "square",
 ) -> Box:
     """Square to cut from an original of image_size (width, height) px, by its attention (h, w). If the rule finds
-    nothing the box is the whole centre square, with the reason. A box that would leave the image is shifted, never
+    nothing the box is all that the network saw, with the reason. A box that would leave the image is shifted, never
     clipped: "original" stays in the centre square, the others may use all of the picture. num_devs: of the rule
-    "original"."""
-    square = left, top, right, _ = centre_square(*image_size)
-    short = right - left
-    apply = RULES[rule] if num_devs is None else partial(RULES[rule], num_devs=num_devs)
-    finite = np.isfinite(attention).all() and attention.sum() > 0
-    found = apply(attention) if finite else "map is not finite"
+    "original"; centre: of "component"; frame: of the picture, as in frame_of, whose padding is not looked at."""
+    square = left, top, right, _ = frame_of(*image_size, frame)
+
+    def part(raster: np.ndarray) -> np.ndarray:
+        return raster[inside(image_size, frame, len(raster))]
+
+    options = {key: value for key, value in (("num_devs", num_devs), ("centre", centre)) if value is not None}
+    seen = part(attention)
+    finite = np.isfinite(seen).all() and seen.sum() > 0
+    found = RULES[rule](attention, part, **options) if finite else "map is not finite"
     if isinstance(found, str):
         return Box(*square, found)
-    scale = short / GRID
-    x, y, side = left + found[0] * scale, top + found[1] * scale, min(found[2] * scale, short)
+    scale, (rows, columns) = (right - left) / GRID, inside(image_size, frame, GRID)
+    x, y = left + (columns.start + found[0]) * scale, top + (rows.start + found[1]) * scale
+    side = min(found[2] * scale, right - left)
     x0, y0 = fit_in(x, y, side, square if rule == "original" else (0, 0, *image_size))
     box = Box(x0, y0, x0 + side, y0 + side)
     return replace(box, confidence=excess_mass(attention, box, square))
@@ -459,7 +483,9 @@ class Finder:
     sources: dict[int, object]
     rule: str = "component"
     num_devs: float | None = None
+    centre: float | None = None
     views: int = 4
+    frame: str = "square"
 
     @classmethod
     def load(cls, folder: Path, facts: dict, device: torch.device) -> "Finder":
@@ -480,17 +506,25 @@ class Finder:
                 if facts["class_name"] or not fold:  # the attention of a ChipNet is one for all outputs
                     evidence = partial(task_of(content["task"]).evidence, name=facts["class_name"])
             sources[k] = SOURCES[facts["source"]].make(network, saliencies.get(k), meta, evidence)
-        return cls(sources, facts["rule"], facts["num_devs"], facts["views"])
+        how = {key: facts[key] for key in ("rule", "num_devs", "centre", "views", "frame")}
+        return cls(sources, **how)
 
-    def maps(self, array: np.ndarray, device, folds: list[int] | None = None, amp: str = "off", batch_size: int = 16):
-        """Maps (N, h, w) of images (N, S, S, 3) uint8: the mean over the sources of some folds, or of all."""
+    def maps(self, array: np.ndarray, device, sizes=(), folds=None, amp: str = "off", batch_size: int = 16):
+        """Maps (N, h, w) of images (N, S, S, 3) uint8: the mean over the sources of some folds, or of all; 0 on the
+        padding. sizes: (width, height) of the originals, if the frame is "whole"."""
         sources = [self.sources[k] for k in folds or self.sources]
         with autocast(torch.device(device), amp):
-            return attention_maps(sources, array, device, self.views, batch_size)
+            maps = attention_maps(sources, array, device, self.views, batch_size)
+        for attention, size in zip(maps, sizes, strict=False) if self.frame != "square" else ():
+            seen = np.zeros_like(attention)
+            part = inside(size, self.frame, len(attention))
+            seen[part] = attention[part]
+            attention[:] = seen / max(seen.sum(), 1e-30)
+        return maps
 
     def box(self, attention: np.ndarray, image_size: tuple[int, int]) -> Box:
         """Box of an image of image_size (width, height) by its map (h, w)."""
-        return find_box(attention, image_size, self.rule, self.num_devs)
+        return find_box(attention, image_size, self.rule, self.num_devs, self.centre, self.frame)
 
 
 def blank_meta(content: dict) -> np.ndarray:

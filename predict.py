@@ -84,11 +84,12 @@ class Single:
             self.tasks[k] = task_of(content["task"])
             self.encoders[k], self.size = MetaEncoder(content["encoder"]), content["spec"]["image_size"]
         self.inputs, self.crop = models.MODELS[run.config["args"]["model"]].inputs, run.config["crop"]
-        self.exact, self.finder, self.key = run.config["exact"], None, str(run.path.resolve())
+        self.exact, self.frame = run.config["exact"], run.config["frame"]
+        self.finder, self.key = None, str(run.path.resolve())
         if self.crop is not None:
             self.finder, self.key = Finder.load(run.path / FINDER, self.crop, device), str(self.crop["sha256"])
         elif hasattr(next(iter(self.networks.values())), "attention"):
-            self.finder = Finder(self.networks)  # where no crops were made, boxes as crop.py finds them by default
+            self.finder = Finder(self.networks, frame=self.frame)  # boxes as crop.py finds them by default
             for network in self.networks.values():
                 network.shifts = 2
 
@@ -96,7 +97,7 @@ class Single:
         """Where this run looks, found once per set of images; None if it does not look anywhere in particular."""
         if self.finder is not None and self.key not in images.looks:
             amp = self.amp if self.crop is None else self.crop["amp"]
-            maps = self.finder.maps(images.squares, self.device, amp=amp, batch_size=BATCH)
+            maps = self.finder.maps(images.squares, self.device, images.sizes, amp=amp, batch_size=BATCH)
             boxes = [self.finder.box(*pair) for pair in zip(maps, images.sizes, strict=True)]
             with ThreadPoolExecutor(util.CPUS) as pool:
                 corners = [[box.corners] for box in boxes]
@@ -135,10 +136,10 @@ class Blended:
         self.members = [open_predictor(member, device, tta, amp) for member, _ in used]
         columns = run.task.columns
         self.history = [dict(tuple(member.table("oof.csv").groupby(FOLD)[columns])) for member, _ in used]
-        settings = {(member.size, member.exact) for member in self.members}
+        settings = {(member.size, member.exact, member.frame) for member in self.members}
         if len(settings) > 1:
             raise InputError(f"{run.path} blends networks for images of other sizes {sorted(settings)}; blend others")
-        self.size, self.exact = settings.pop()
+        self.size, self.exact, self.frame = settings.pop()
         self.crop = next((member.crop for member in self.members if member.crop is not None), None)
 
     def look(self, images: Images) -> Look | None:
@@ -204,9 +205,11 @@ def read_meta(args: argparse.Namespace, names: list[str], needed: set[str]) -> p
     return table
 
 
-def read_chunks(paths: dict[str, Path], table: pd.DataFrame, size: int, exact: bool, on_error: str) -> Iterator[Images]:
+def read_chunks(paths: dict[str, Path], table: pd.DataFrame, predictor, on_error: str) -> Iterator[Images]:
     """Read the images in chunks; a bad one is an error or, with "skip", left out."""
-    files, read = list(paths.values()), partial(read_square_or_skip, size=size, exact=exact, on_error=on_error)
+    files, read = list(paths.values()), partial(
+        read_square_or_skip, size=predictor.size, exact=predictor.exact, frame=predictor.frame, on_error=on_error
+    )
     for start in range(0, len(files), CHUNK):
         with ThreadPoolExecutor(util.CPUS) as pool:
             found = list(pool.map(read, files[start : start + CHUNK]))
@@ -217,7 +220,7 @@ def read_chunks(paths: dict[str, Path], table: pd.DataFrame, size: int, exact: b
             yield Images(table.iloc[rows], [files[row] for row in rows], np.stack(squares), list(sizes))
 
 
-def draw(path: Path, images: Images, row: int, look: Look | None, words: str) -> None:
+def draw(path: Path, images: Images, row: int, look: Look | None, frame: str, words: str) -> None:
     """Save the picture of one image; words: the prediction."""
     image = read_image(images.paths[row], THUMBNAIL)[0]
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
@@ -227,7 +230,7 @@ def draw(path: Path, images: Images, row: int, look: Look | None, words: str) ->
         parts = look.boxes[row], upsample(look.maps[row]), look.crops[row]
         axes[1].set_title(look.boxes[row].reason or "attention", fontsize=9)
         axes[2].set_title("crop", fontsize=9)
-    draw_row(axes, np.asarray(image), images.sizes[row], *parts)
+    draw_row(axes, np.asarray(image), images.sizes[row], *parts, frame)
     axes[0].set_title(f"{images.table[ID].iloc[row]}: {words}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(path, figure)
@@ -249,7 +252,7 @@ def main(args: argparse.Namespace) -> Path:
         raise InputError(f"--output {args.output} holds the images; pass another folder")
     output, tables, written = open_output(args.output, "predictions.json", args.overwrite, {}), [], ["predictions.csv"]
     with tqdm(total=len(paths), unit="image") as bar:
-        for images in read_chunks(paths, table, predictor.size, predictor.exact, args.on_error):
+        for images in read_chunks(paths, table, predictor, args.on_error):
             found: dict[str, np.ndarray] = {}
             predictor.predict(images, found)
             prob, rows = found.pop(predictor.name), pd.DataFrame({ID: images.table[ID].to_numpy()})
@@ -265,7 +268,7 @@ def main(args: argparse.Namespace) -> Path:
                 rows[[*CORNERS, "confidence", "fallback"]] = [(*b.corners, b.confidence, b.reason) for b in look.boxes]
             if args.pictures:
                 for row, name in enumerate(rows[ID]):
-                    draw(output / f"{name}.png", images, row, look, run.task.show(prob[row]))
+                    draw(output / f"{name}.png", images, row, look, predictor.frame, run.task.show(prob[row]))
                     written.append(f"{name}.png")
             tables.append(rows)
             bar.update(len(rows))

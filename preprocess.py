@@ -196,7 +196,7 @@ def fill_array(table: pd.DataFrame, paths: list, path: Path, args) -> tuple[Part
     filling = Filling(path.with_name(f"{path.stem}_sizes.npy"), [array], len(table), facts=2)
 
     def work(row: int, _) -> tuple[int, int]:
-        read = read_square_or_skip(paths[row], args.size, args.exact, args.on_error)
+        read = read_square_or_skip(paths[row], args.size, args.exact, args.frame, args.on_error)
         if read is None:
             return 0, 0
         array.write(row, read[0])
@@ -234,7 +234,7 @@ def main(args: argparse.Namespace) -> Path:
         tables["train"][FOLD] = EXTERNAL
         paths["train"] += paths.pop("extra")
         image_dirs["train"] = list(dict.fromkeys([*image_dirs["train"], *image_dirs.pop("extra")]))
-    settings = {"size": args.size, "exact": args.exact}
+    settings = {"size": args.size, "exact": args.exact, "frame": args.frame}
     for split, found in paths.items():
         listing = hashlib.sha256("\n".join(map(str, found)).encode()).hexdigest()
         settings[f"{split} images"] = f"{len(found)} of sha256 {listing}"
@@ -268,6 +268,7 @@ def main(args: argparse.Namespace) -> Path:
         written.append(folder / f"{split}.csv")
     facts = {
         "size": args.size, "n_folds": args.n_folds, "seed": args.seed, "group_col": col, "exact": args.exact,
+        "frame": args.frame,
         "submission_columns": columns, "folds_sha256": folds_sha256(train, task), "task": task.facts(),
         "image_dirs": {split: [str(path.resolve()) for path in dirs] for split, dirs in image_dirs.items()},
         "inputs": {str(path): sha256(path) for path in inputs.values() if path.is_file()},
@@ -277,6 +278,9 @@ def main(args: argparse.Namespace) -> Path:
     for k, rows in train.groupby(FOLD):
         name = "in no fold, external" if k == EXTERNAL else f"fold {k}"
         print(f"{name}: {len(rows)} images{task.sum_up(rows[task.targets].to_numpy(float))}")
+    out = 1 - np.median(train[["width", "height"]].min(axis=1) / train[["width", "height"]].max(axis=1))
+    if out > 0.01 and args.frame == "square":
+        print(f"the centre square leaves out {out:.0%} of the median picture; --frame whole keeps it")
     print(f"wrote {folder}")
     return folder
 
@@ -301,6 +305,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--group_col", default="patient_id", help="column that folds keep whole, or none")
     add("--output_dir", type=Path, default=Path("data"), help="where to write")
     add("--size", type=util.COUNT, default=224, help="side in pixels")
+    add("--frame", choices=("square", "whole"), default="square", help="centre square, or the whole picture, mirrored")
     add("--n_folds", type=util.number(int, 2), default=3, help="held-out folds")
     add("--seed", type=util.number(int, 0, 2**32 - 1), default=0, help="of the folds")
     add("--exact", action="store_true", help="decode every JPEG in full")

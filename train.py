@@ -277,8 +277,8 @@ def main(args: argparse.Namespace) -> Path:
     inputs, crop = check_inputs(args, data, folds, models.MODELS[args.model].network.uses_meta)
     models.build_model(make_spec(args, data), fold_weights(args.weights, data, folds[0]))  # fails before it writes
     paths = {key: str(value.resolve()) for key, value in vars(args).items() if isinstance(value, Path)}
-    config = {"args": vars(args) | paths, "inputs": inputs, "crop": crop, "exact": data.facts["exact"]}
-    config["task"] = data.task.facts()
+    config = {"args": vars(args) | paths, "inputs": inputs, "crop": crop, "task": data.task.facts()}
+    config |= {key: data.facts[key] for key in ("exact", "frame")}
     opened = runs.open_run(run_dir, config | provenance(), folds, args.resume, args.overwrite) if team.leads else None
     folds = team.from_leader(opened)
     # folds side by side if every process gets as many, else all processes together on one fold after the other

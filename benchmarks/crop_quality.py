@@ -27,7 +27,7 @@ from localize import GRID, Box
 from plumbing.arrays import open_array
 from plumbing.data import Data, read_data
 from plumbing.figures import draw_row, new_figure, save_figure
-from plumbing.images import centre_square
+from plumbing.images import frame_of
 from util import FOLD, ID, InputError
 
 THRESHOLDS = np.arange(0.05, 1, 0.05)  # of MaxBoxAccV2, over the map's maximum
@@ -57,7 +57,7 @@ def otsu_box(square: np.ndarray, size: tuple[int, int]) -> Box:
     x, y, side = localize.bounding_square(blobs, localize.PAD)
     if side >= localize.FULL_SIDE * GRID:
         return centre_box(1.0, size)
-    scale, (left, top, *_) = min(size) / GRID, centre_square(*size)
+    scale, (left, top, *_) = min(size) / GRID, frame_of(*size)
     side = side * scale
     x0, y0 = localize.fit_in(left + x * scale, top + y * scale, side, (0, 0, *size))
     return Box(x0, y0, x0 + side, y0 + side)
@@ -70,7 +70,7 @@ def clipped_box(attention: np.ndarray, num_devs: float, size: tuple[int, int]) -
         return centre_box(1.0, size)
     x, y, side = found
     edges = np.clip([x - side / 2, y - side / 2, x + side / 2, y + side / 2], 0, GRID)
-    left, top, *_ = centre_square(*size)
+    left, top, *_ = frame_of(*size)
     edges = edges * min(size) / GRID + np.array([left, top, left, top])
     return Box(*edges)
 
@@ -161,7 +161,7 @@ def plot_cases(path: Path, squares: np.ndarray, cases: list, boxes: list, maps: 
     for n, case in enumerate(chosen):
         row, column = 2 * (n // 6), n % 6
         size = cases[case]["size"]
-        left, top, *_ = centre_square(*size)
+        left, top, *_ = frame_of(*size)
         inside = [Box(b.x0 - left, b.y0 - top, b.x1 - left, b.y1 - top)
                   for b in (boxes[case], cases[case]["ideal"])]  # fmt: skip
         pair = axes[row, column], axes[row + 1, column]

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from localize import Box
 from plumbing.data import Data
-from plumbing.images import centre_square, name_key
+from plumbing.images import frame_of, name_key
 from util import ID, InputError
 
 IDEAL = 1.3  # side of the ideal square over the longer side of the mask's bounding box
@@ -35,7 +35,7 @@ def read_mask(mask_dir: Path, name: str, size: tuple[int, int]) -> np.ndarray:
 def centre_crop(mask: np.ndarray) -> np.ndarray:
     """The centre square of a mask: what networks see of the original."""
     height, width = mask.shape
-    x0, y0, x1, y1 = (int(edge) for edge in centre_square(width, height))
+    x0, y0, x1, y1 = (int(edge) for edge in frame_of(width, height))
     return mask[y0:y1, x0:x1]
 
 

@@ -138,8 +138,9 @@ def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> pd.DataFrame:
     path = crop_dir / f"{split}_boxes.csv"
     boxes = read_table(path, (*CORNERS, *PLACE))
     place = {column: numbers(boxes, column, path, 0, 1) for column in PLACE}
-    side = (numbers(boxes, "x1", path) - numbers(boxes, "x0", path)) / table[["width", "height"]].min(axis=1)
-    if boxes[ID].tolist() != table[ID].tolist() or not side.between(0, 1 + 1e-6, inclusive="right").all():
+    short, long = (table[["width", "height"]].agg(end, axis=1) for end in ("min", "max"))
+    side = (numbers(boxes, "x1", path) - numbers(boxes, "x0", path)) / short
+    if boxes[ID].tolist() != table[ID].tolist() or not side.between(0, long / short + 1e-6, inclusive="right").all():
         raise InputError(f"{path} has boxes of other images than the table, or outside of them; run crop.py again")
     return table.assign(**{BOX_SIDE: side}, **place)
 

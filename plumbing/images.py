@@ -132,30 +132,40 @@ def read_dicom(path: Path) -> Image.Image:
 def cut(image: Image.Image, box: tuple, size: int, original_size: tuple[int, int]) -> np.ndarray:
     """Cut a box (x0, y0, x1, y1 in pixels of the original) from its decoded image: uint8 (size, size, 3). The image may
     be decoded at 1/2, 1/4 or 1/8, rounded up to whole pixels, which is why the factor is not the quotient of the sizes.
-    Antialiased bilinear (the filter the original used for its arrays)."""
+    Antialiased bilinear (the filter the original used for its arrays). Where the box leaves the image, the image is
+    mirrored."""
     factor = 1 / round(max(original_size) / max(image.size))
-    corners = np.clip(factor * np.array(box), 0, [*image.size, *image.size])
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=tuple(corners)))
+    x0, y0, x1, y1 = factor * np.array(box)
+    left, top, right, bottom = np.clip((x0, y0, x1, y1), 0, [*image.size, *image.size])
+    edges = [size * (right - x0) / (x1 - x0), size * (bottom - y0) / (y1 - y0)]
+    before = [round(size * (left - x0) / (x1 - x0)), round(size * (top - y0) / (y1 - y0))]
+    inner = [max(1, round(edge) - start) for edge, start in zip(edges, before, strict=True)]
+    pixels = np.asarray(image.resize(inner, Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
+    if inner == [size, size]:
+        return pixels
+    after = [size - start - length for start, length in zip(before, inner, strict=True)]
+    return cv2.copyMakeBorder(pixels, before[1], after[1], before[0], after[0], cv2.BORDER_REFLECT_101)
 
 
-def centre_square(width: int, height: int) -> tuple[float, float, float, float]:
-    """Largest centred square of an image as (x0, y0, x1, y1)."""
-    side = min(width, height)
+def frame_of(width: int, height: int, frame: str = "square") -> tuple[float, float, float, float]:
+    """What the networks see of an image, as (x0, y0, x1, y1): its largest centred square, or if frame is "whole" the
+    smallest centred square that holds it, which leaves the image on two sides."""
+    side = min(width, height) if frame == "square" else max(width, height)
     x0, y0 = (width - side) / 2, (height - side) / 2
     return x0, y0, x0 + side, y0 + side
 
 
-def read_square(path: Path, size: int, exact: bool = False) -> tuple[np.ndarray, tuple[int, int]]:
-    """Centre square of a file as uint8 (size, size, 3), and the original's (width, height). Unless `exact`, a JPEG is
-    decoded at a scale that keeps twice the pixels needed."""
+def read_square(path: Path, size: int, exact=False, frame: str = "square") -> tuple[np.ndarray, tuple[int, int]]:
+    """What the networks see of a file (frame_of) as uint8 (size, size, 3), and the original's (width, height). Unless
+    `exact`, a JPEG is decoded at a scale that keeps twice the pixels needed."""
     image, original_size = read_image(path, None if exact else 2 * size)
-    return cut(image, centre_square(*original_size), size, original_size), original_size
+    return cut(image, frame_of(*original_size, frame), size, original_size), original_size
 
 
-def read_square_or_skip(path: Path, size: int, exact: bool, on_error: str) -> tuple | None:
+def read_square_or_skip(path: Path, size: int, exact: bool, frame: str, on_error: str) -> tuple | None:
     """What read_square returns; a bad image is an InputError, or if on_error is "skip" said and None."""
     try:
-        return read_square(path, size, exact)
+        return read_square(path, size, exact, frame)
     except InputError as error:
         if on_error == "fail":
             raise InputError(f"{error}, or pass --on_error skip") from None

@@ -12,7 +12,7 @@ from conftest import ROOT, call
 import localize
 from models import load_checkpoint
 from plumbing.data import read_data
-from plumbing.images import centre_square, read_square
+from plumbing.images import frame_of, read_square
 
 EXAMPLE = ROOT / "example_data"
 RUN = EXAMPLE / "runs" / "chipnet"
@@ -36,7 +36,7 @@ def test_example_weights_find_lesions_in_masks_they_have_never_seen():
         x0, y0, x1, y1 = (round(edge) for edge in box.corners)
         covered.append(mask[y0:y1, x0:x1].sum() / mask.sum())
         sides.append(box.side / min(size))
-        left, top, right, bottom = (int(edge) for edge in centre_square(*size))
+        left, top, right, bottom = (int(edge) for edge in frame_of(*size))
         inside = mask[top:bottom, left:right].astype(np.float32)
         cells = cv2.resize(inside, attention.shape, interpolation=cv2.INTER_AREA)
         hits.append(cells.flat[attention.argmax()] > 0)

@@ -1,10 +1,12 @@
-"""Image files of every format that is read, and where they are found."""
+"""Image files of every format that is read, and pictures that are seen whole."""
 
 import numpy as np
 import pytest
+from conftest import SMALL_CROP, SMALL_MODEL, call, read
 from PIL import Image
 
-from plumbing.images import read_image, read_square
+from localize import find_box, widen
+from plumbing.images import cut, frame_of, read_image, read_square
 from util import InputError
 
 GREY = np.linspace(0, 65535, 64 * 48).reshape(48, 64)
@@ -71,3 +73,59 @@ def test_dicom_is_seen_through_its_window(tmp_path, inverted):
     (tmp_path / "b.dcm").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"b\.dcm"):
         read_image(tmp_path / "b.dcm")
+
+
+# ---------------------------------------------------------------- the whole picture
+def test_where_a_box_leaves_the_image_it_is_mirrored():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 64, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    whole = cut(image, frame_of(64, 32, "whole"), 64, (64, 32))
+    assert (whole[16:48] == pixels).all()
+    assert (whole[:16] == pixels[16:0:-1]).all()
+    assert (whole[48:] == pixels[30:14:-1]).all()
+    half = cut(image, frame_of(64, 32, "whole"), 32, (64, 32)).astype(int)
+    small = np.asarray(image.resize((32, 16), Image.Resampling.BILINEAR)).astype(int)
+    assert (half[8:24] == small).all()
+    assert cut(image, (50, -10, 90, 30), 20, (64, 32)).shape == (20, 20, 3)
+    line = Image.fromarray(pixels[:1])
+    assert cut(line, frame_of(64, 1, "whole"), 16, (64, 1)).shape == (16, 16, 3)  # a picture of one row
+
+
+def test_the_whole_picture_from_the_table_to_new_images(source, tmp_path, capsys):
+    words = ["--train_csv", source / "train.csv", "--size", 64, "--n_folds", 2]
+    call("preprocess", *words, "--output_dir", tmp_path / "square")
+    assert "leaves out 25% of the median picture" in capsys.readouterr().out
+    data = call("preprocess", *words, "--output_dir", tmp_path / "data", "--frame", "whole")
+    table = read(data / "train.csv")
+    where = ["--data_dir", data, "--runs_dir", tmp_path / "runs"]
+    call("train", "--model", "chipnet", *where, *SMALL_MODEL)
+    crops = call("crop", "--run", tmp_path / "runs" / "chipnet", "--data_dir", data, *SMALL_CROP, "--views", 1)
+    maps, boxes = np.load(crops / "train_attention.npy"), read(crops / "train_boxes.csv")
+    wide = np.flatnonzero(table["width"] > table["height"])
+    assert (maps[wide][:, :2] == 0).all()  # 16 cells for 96 px: the picture is 12 cells high
+    assert (maps[wide][:, 2:-2].sum(axis=(1, 2)) > 0.999).all()
+    found = boxes["fallback"].isna().to_numpy()
+    assert (boxes[["x0", "y0"]][found] >= 0).all(axis=None)
+    call("train", "--model", "cropnet", *where, *SMALL_MODEL)
+    out = call("predict", "--run", tmp_path / "runs" / "cropnet", "--output", tmp_path / "out", "--device", "cpu",
+               source / "images" / "0024.jpg", "--csv", source / "test.csv")  # fmt: skip
+    test = read(tmp_path / "runs" / "cropnet" / "test_predictions.csv").groupby("image_name")["prob"].mean()
+    assert read(out / "predictions.csv")["prob"].item() == pytest.approx(test["0024"], abs=1e-4)
+
+
+def test_boxes_lie_anywhere_in_a_wide_picture_and_never_in_its_padding():
+    attention = np.full((28, 28), 1e-4, np.float32)
+    attention[13:15, 24:26] = 1  # far right, outside the centre square of a picture of 800 x 400
+    attention[2:6, 2:6] = 50  # padding
+    box = find_box(attention, (800, 400), frame="whole", centre=0)
+    assert box.reason == ""
+    assert box.x0 < 24 / 28 * 800 < 26 / 28 * 800 < box.x1
+    assert 0 <= box.y0 < 200 < box.y1 <= 400
+    wide = np.full((28, 28), 1e-4, np.float32)
+    wide[13:15, 6:22] = 1  # longer than the picture is high: the square leaves it on two sides alike
+    box = find_box(wide, (800, 400), frame="whole")
+    assert box.side > 400
+    assert box.y0 + box.y1 == pytest.approx(400)
+    flat = find_box(np.ones((28, 28)), (800, 400), frame="whole")
+    assert (flat.corners, flat.reason) == ((0, -200, 800, 600), "flat map")
+    assert widen(flat, 1.4, (800, 400)).corners == flat.corners

@@ -224,7 +224,7 @@ def test_finder_loads_what_crop_py_used_and_nothing_else(runs_dir):
     folder = runs_dir / "cropnet" / "finder"
     facts, images = read_json(folder / "crop.json"), discs(n=3)[0]
     finder = Finder.load(folder, facts, CPU)
-    each = [finder.maps(images, CPU, [k]) for k in (0, 1)]
+    each = [finder.maps(images, CPU, folds=[k]) for k in (0, 1)]
     assert np.allclose(finder.maps(images, CPU), np.mean(each, axis=0), atol=1e-6)
     assert not np.allclose(*each, atol=1e-6)
     with pytest.raises(InputError, match="csv"):
@@ -234,7 +234,8 @@ def test_finder_loads_what_crop_py_used_and_nothing_else(runs_dir):
 def test_grad_cam_of_a_run_is_that_of_its_networks_with_metadata_missing(runs_dir, tmp_path):
     path = shutil.copy(runs_dir / "resnet" / "fold0_best.pt", tmp_path / "fold0_network.pt")
     facts = {"source": "gradcam", "networks": {path.name: sha256(path)}, "folds": [0], "trained": True, "shifts": 1,
-             "rule": "component", "num_devs": None, "views": 1, "class_name": None}  # fmt: skip
+             "rule": "component", "num_devs": None, "views": 1, "class_name": None,
+             "centre": None, "frame": "square"}  # fmt: skip
     source, (trained, content) = Finder.load(tmp_path, facts, CPU).sources[0], load_checkpoint(path)
     missing = torch.from_numpy(MetaEncoder(content["encoder"]).encode(pd.DataFrame(index=[0])))
     assert missing.any()  # flags, and not the zeros that no encoder writes

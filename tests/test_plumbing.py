@@ -15,7 +15,7 @@ from PIL import Image
 from plumbing.arrays import PartialArray, Rows, open_array
 from plumbing.data import MetaEncoder, as_words, check_groups, groups_of, read_data, read_table
 from plumbing.files import atomic, open_output, read_json, write_json
-from plumbing.images import ImageIndex, centre_square, name_key, read_crops, read_image, read_square
+from plumbing.images import ImageIndex, frame_of, name_key, read_crops, read_image, read_square
 from util import ID, InputError
 
 
@@ -146,7 +146,7 @@ def test_scaled_decoding_shifts_no_crop_by_a_fraction_of_a_pixel(tmp_path):
     Image.fromarray(np.dstack([waves] * 3).astype(np.uint8)).save(tmp_path / "a.jpg", quality=97)
     corner = (width - 1600.0, height - 1600.0, float(width), float(height))
     pairs = [(read_crops(tmp_path / "a.jpg", [corner], [size], (width, height))[0], corner),
-             (read_square(tmp_path / "a.jpg", size)[0], centre_square(width, height))]  # fmt: skip
+             (read_square(tmp_path / "a.jpg", size)[0], frame_of(width, height))]  # fmt: skip
     original = Image.open(tmp_path / "a.jpg")
     for found, box in pairs:
         exact = np.asarray(original.resize((size, size), Image.Resampling.BILINEAR, box=box)).astype(float)[..., 0]
