@@ -65,7 +65,7 @@ def otsu_box(square: np.ndarray, size: tuple[int, int]) -> Box:
 
 def clipped_box(attention: np.ndarray, num_devs: float, size: tuple[int, int]) -> Box:
     """The original's box: as --rule original, but clipped where it leaves the centre square."""
-    found = localize.original_rule(attention, num_devs)
+    found = localize.original_rule(attention, num_devs=num_devs)
     if isinstance(found, str):
         return centre_box(1.0, size)
     x, y, side = found
@@ -86,7 +86,7 @@ def overlap(a: Box, b: Box) -> float:
 
 def coverage(mask: np.ndarray, box: Box) -> float:
     """Share of a mask inside a box."""
-    x0, y0, x1, y1 = (round(edge) for edge in box.corners)
+    x0, y0, x1, y1 = (max(round(edge), 0) for edge in box.corners)
     return mask[y0:y1, x0:x1].sum() / mask.sum()
 
 
@@ -179,23 +179,24 @@ def main(args: argparse.Namespace) -> None:
     folds = args.folds or list(range(data.facts["n_folds"]))
     rows, cases = read_cases(data, folds, lesions.find_mask_dir(data, args.mask_dir))
     array = open_array(data.array_path("train"), len(data.train))
-    sizes = [case["size"] for case in cases]
+    sizes, frame = [case["size"] for case in cases], data.facts["frame"]
     table = {
         "whole image": ([centre_box(1.0, size) for size in sizes], np.ones((len(rows), 7, 7))),
         "centre .8": ([centre_box(0.8, size) for size in sizes], None),
         "centre .6": ([centre_box(0.6, size) for size in sizes], None),
-        "dark by Otsu's threshold": (
+    }
+    if frame == "square":
+        table["dark by Otsu's threshold"] = (
             [otsu_box(array[row], size) for row, size in zip(rows, sizes, strict=True)],
             np.stack([cv2.resize(grey_map(array[row]), (56, 56)) for row in rows]),
-        ),
-    }
+        )
     for path in sorted(args.data_dir.glob("crops/*/train_attention.npy")):
         name, maps = path.parent.name, np.load(path, allow_pickle=False)[rows]
-        for num_devs in (1.5, 1.0):
+        for num_devs in (1.5, 1.0) if frame == "square" else ():
             boxes = [clipped_box(m, num_devs, size) for m, size in zip(maps, sizes, strict=True)]
             table[f"{name}, original k = {num_devs}"] = boxes, maps
-        boxes = [localize.find_box(m, size) for m, size in zip(maps, sizes, strict=True)]
-        table[f"{name}, ours"] = boxes, maps
+        boxes = [localize.find_box(m, size, frame=frame) for m, size in zip(maps, sizes, strict=True)]
+        table[f"{name}, ours"] = boxes, maps if frame == "square" else None  # V2 and peak are of the centre square
         if args.montage and name == args.show:
             plot_cases(args.montage, array[rows], cases, boxes, maps)
     print(f"{len(rows)} images with a lesion, folds {folds}\n")
