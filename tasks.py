@@ -23,7 +23,9 @@ SEPARATORS = ("|", ",", " ")  # between the words of one cell
 # ---------------------------------------------------------------- kinds of target
 @dataclass(frozen=True)
 class Task:
-    """One kind of target: reading, strata, goals, predictions. A kind says only what differs from these defaults."""
+    """One kind of target: reading, strata, goals, predictions. A kind has learn(cells, positive) -> the fields that it
+    finds in the labels, read(cells) -> target (N, T), NaN if unknown and infinite if not of this kind, and whatever
+    else differs from these defaults."""
 
     names: tuple[str, ...]  # of the outputs: the positive word, the classes, the labels, the quantity
     metric: str  # what early stopping and blending maximise
@@ -34,6 +36,7 @@ class Task:
     std: float = 1.0
 
     kind: ClassVar[str]
+    family: ClassVar[str] = "OF_LABELS"  # table of losses.py
     metrics: ClassVar[dict[str, scores.Metric]] = scores.OF_LABELS  # the first one is the default
     prefix: ClassVar[str] = PROB  # of the columns of predictions
     in_every_fold: ClassVar[bool] = True  # each class must be, or else in two folds at least
@@ -54,10 +57,6 @@ class Task:
     def classes(self) -> tuple[str, ...]:
         """Names of the columns of `members`."""
         return self.names
-
-    def read(self, cells: pd.DataFrame) -> np.ndarray:
-        """Target (N, T) of cells of text, NaN if empty, infinite if not of this kind."""
-        raise NotImplementedError
 
     def members(self, target: np.ndarray) -> np.ndarray:
         """Which rows are of which class: bool (N, C)."""
@@ -136,12 +135,12 @@ class Task:
                              "each label once, and nothing else")  # fmt: skip
         return {column: prob[:, found[0]] for column, found in place.items()}
 
-    @staticmethod
-    def losses() -> dict:
+    @classmethod
+    def losses(cls) -> dict:
         """Losses by name; the first one is the default."""
-        from losses import OF_LABELS
+        import losses  # needs torch, which preprocess.py does not
 
-        return OF_LABELS
+        return getattr(losses, cls.family)
 
     def facts(self) -> dict:
         """Plain values from which task_of makes the task again."""
@@ -186,7 +185,8 @@ class Binary(Task):
 class MultiClass(Task):
     """One of several words; tables hold its place among the sorted names."""
 
-    kind, metrics, order_is_enough, sums_to_1 = "multiclass", scores.OF_CLASSES, False, True
+    kind, family, metrics = "multiclass", "OF_CLASSES", scores.OF_CLASSES
+    order_is_enough, sums_to_1 = False, True
 
     @classmethod
     def learn(cls, cells: pd.DataFrame, positive: str | None) -> dict:
@@ -219,12 +219,6 @@ class MultiClass(Task):
     def logit(self, prob: np.ndarray) -> np.ndarray:
         """Logarithm of probabilities, which are held above 1e-7."""
         return np.log(np.clip(prob, 1e-7, 1))
-
-    @staticmethod
-    def losses() -> dict:
-        from losses import OF_CLASSES
-
-        return OF_CLASSES
 
 
 class MultiLabel(Task):
@@ -281,7 +275,8 @@ class MultiLabel(Task):
 class Regression(Task):
     """A quantity, or unknown; networks learn its standard score among the training rows."""
 
-    kind, metrics, prefix, order_is_enough = "regression", scores.OF_QUANTITIES, "pred", False
+    kind, family, metrics = "regression", "OF_QUANTITIES", scores.OF_QUANTITIES
+    prefix, order_is_enough = "pred", False
 
     @classmethod
     def learn(cls, cells: pd.DataFrame, positive: str | None) -> dict:
@@ -330,12 +325,6 @@ class Regression(Task):
 
     def counts(self, target: np.ndarray) -> dict:
         return {}
-
-    @staticmethod
-    def losses() -> dict:
-        from losses import OF_QUANTITIES
-
-        return OF_QUANTITIES
 
 
 KINDS = {task.kind: task for task in (Binary, MultiClass, MultiLabel, Regression)}
