@@ -192,6 +192,7 @@ def collect(run_dir: Path, data: Data) -> dict:
     def finished() -> list[int]:
         return sorted(int(path.name[4:-13]) for path in run_dir.glob("fold*_metrics.json"))
 
+    remove(run_dir / FINDER, "*.tmp")  # of a call that was killed while it copied; not at the start: others may copy
     folds = None
     while folds != finished():
         folds = finished()

@@ -89,9 +89,11 @@ def test_a_call_killed_between_a_fold_and_the_shared_files_is_made_good(data_dir
 def test_a_call_killed_while_it_opened_its_run_is_made_good(data_dir, runs_dir, tmp_path):
     with pytest.raises(KeyboardInterrupt), mock.patch.object(shutil, "copyfile", side_effect=KeyboardInterrupt):
         fit(data_dir, tmp_path, "--limit", 2, model="cropnet")
-    (tmp_path / "cropnet" / "metrics.json.17.tmp").touch()
+    for name in ("metrics.json", "finder/fold0_network.pt"):
+        (tmp_path / "cropnet" / f"{name}.17.tmp").touch()
     run = fit(data_dir, tmp_path, "--limit", 2, model="cropnet")
     assert names(run) == names(runs_dir / "cropnet")
+    assert not list(run.rglob("*.tmp"))
 
 
 # ---------------------------------------------------------------- resuming
