@@ -41,7 +41,7 @@ def check_scores(run: Run, data: Data, device: torch.device) -> tuple[bool, str]
     keys = [ID, FOLD, *data.task.targets]
     known = oof[ID].is_unique and len(oof.merge(expected[keys], on=keys)) == len(oof)
     complete = len(oof) == len(expected) or run.is_blend or run.config["args"]["limit"] is not None
-    again, same = score_folds(data.task, oof, data.group, run.folds), True
+    again, same = score_folds(data.task, oof, data.group, run.folds, run.metrics["ranks"]), True
     for part in again.keys() & {"pooled", "ranked"}:
         for key, value in again[part].items():
             both = [list(x.values()) if isinstance(x, dict) else x for x in (value, run.metrics[part][key])]

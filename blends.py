@@ -27,7 +27,7 @@ def learn_weights(task: Task, values: np.ndarray, target: np.ndarray) -> np.ndar
         counts = counts + np.eye(len(counts))[int(np.argmax(found))]
         if max(found) > best:  # a longer list must be better, not as good
             best_counts, best = counts, max(found)
-    return best_counts / best_counts.sum()
+    return best_counts / best_counts.sum() if best > -np.inf else np.full(len(counts), 1 / len(counts))  # undefined
 
 
 def by_order(task: Task) -> bool:
@@ -62,15 +62,18 @@ class Blend:
 
     value: Callable = lambda task, prob, history: prob  # what is averaged (n, K)
     score: Callable = lambda task, average, history: average  # the average as a prediction (n, K)
+    ranks: bool = False  # the values are ranks, if order is all that a task needs
     learn: Callable | None = None  # (task, values (N, M, K), target (N, T)) -> weights (M,); None: equal or given ones
 
 
 BLENDS = {
     "mean": Blend(),
-    "rank": Blend(rank_of, value_of_rank),
+    "rank": Blend(rank_of, value_of_rank, ranks=True),
     "logit": Blend(lambda task, prob, history: task.logit(prob), prob_of),
     "weights": Blend(
-        lambda task, prob, history: rank_of(task, prob, history) if by_order(task) else prob, learn=learn_weights
+        lambda task, prob, history: rank_of(task, prob, history) if by_order(task) else prob,
+        ranks=True,
+        learn=learn_weights,
     ),
 }
 

@@ -29,8 +29,11 @@ def parts_of(task: Task, target: np.ndarray, group: np.ndarray, fold: np.ndarray
     if len(np.unique(fold)) > 1:
         return fold
     part, strata = np.zeros(len(target), dtype=int), task.strata(target)
-    part[next(StratifiedGroupKFold(2).split(strata, strata, group))[1]] = 1
-    if any(not task.members(target[part == label]).any(axis=0).all() for label in (0, 1)):
+    try:
+        part[next(StratifiedGroupKFold(2).split(strata, strata, group))[1]] = 1
+    except ValueError:  # one group, or one row of each stratum
+        pass
+    if part.all() or not part.any() or any(not task.members(target[part == i]).any(axis=0).all() for i in (0, 1)):
         raise InputError("too few rows of a class to learn weights from one fold; train more folds or pass --weights")
     return part
 

@@ -188,7 +188,7 @@ def place_in_wide(boxes: list[Box], sizes: list[tuple[int, int]]) -> np.ndarray:
 
 
 def plot_montage(path: Path, data: Data, cropper: Cropper) -> None:
-    """Picture of the first training images of both classes: box, attention and crop."""
+    """Picture of the first training images of every class: box, attention and crop."""
     table, n = cropper.table, len(cropper.table)
     crops = open_array(cropper.arrays["train"].path, n)
     maps = open_array(cropper.arrays["attention"].path, n, dtype=np.float32) if "attention" in cropper.arrays else None
@@ -214,8 +214,8 @@ def default_name(args: argparse.Namespace, source: localize.Source | None) -> st
         return args.boxes.stem
     if source.needs is None:
         return args.source
-    name = args.run.resolve().name
-    return name if args.source == "attention*saliency" else f"{name}_{args.source}"
+    parts = [args.run.resolve().name, args.source, (args.class_name or "").replace("/", "_")]
+    return "_".join(part for part in parts if part not in ("", "attention*saliency"))
 
 
 def main(args: argparse.Namespace) -> Path:

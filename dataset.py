@@ -243,6 +243,7 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
         "train": pick_rows(strata, np.flatnonzero(~held_out), args.limit),
         "valid": pick_rows(strata, np.flatnonzero(held_out), args.limit),
     }
+    rows["train"] = rows["train"][~np.isnan(target[rows["train"]]).all(axis=1)]  # what is unknown teaches nothing
     task = data.task.fitted(target[rows["train"]])
     columns = meta_columns(table, args.meta_cols) if recipe.network.uses_meta else []
     encoder = MetaEncoder.fit(table.iloc[rows["train"]], columns)

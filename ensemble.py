@@ -7,8 +7,8 @@ Writes  runs/NAME/: config.json, oof.csv, test_predictions.csv, submission.csv, 
     python ensemble.py mean --runs resnet cropnet --weights resnet=.5 cropnet=.5
 
 mean averages probabilities, logit their logits, rank their ranks among the held-out rows of each fold; weights averages
-ranks with weights learned by greedy selection on the held-out predictions (blends.py). Learned weights never score a
-row they were learned on: what oof.csv holds is cross-fitted.
+ranks, or predictions if more than their order counts, with weights learned by greedy selection on the held-out
+predictions (blends.py). Learned weights never score a row they were learned on: what oof.csv holds is cross-fitted.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 import util
-from blends import BLENDS, Blend, scores_of, values_of
+from blends import BLENDS, Blend, by_order, scores_of, values_of
 from calibration import parts_of
 from plumbing.data import Data, read_data
 from plumbing.files import provenance, read_json, sha256, write_json
@@ -114,8 +114,9 @@ def report(runs: list[Run], weights: np.ndarray, name: str, metrics: dict) -> No
 def check_data(runs: list[Run], data: Data) -> None:
     """Raise InputError unless all runs were trained on the folds of the data."""
     for run in runs:
-        if run.config["inputs"]["folds"] != data.folds_sha256:
-            raise InputError(f"{run.path} has other folds than {data.directory}; pass its --data_dir, or other --runs")
+        if run.config["inputs"]["folds"] != data.folds_sha256 or run.config["task"] != data.task.facts():
+            raise InputError(f"{run.path} has other folds or another target than {data.directory}; pass its --data_dir "
+                             "or other --runs")  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -154,7 +155,8 @@ def main(args: argparse.Namespace) -> Path:
     config = {"args": vars(args) | {"data_dir": data.directory.resolve()}, "members": members,
               "inputs": {"folds": data.folds_sha256}, "task": task.facts()}  # fmt: skip
     write_json(folder / "config.json", config | provenance())
-    metrics = write_run(folder, oof, test, data, [{"fold": int(k)} for k in np.unique(fold)], learned=gain)
+    ranks = blend.ranks and by_order(task)
+    metrics = write_run(folder, oof, test, data, [{"fold": int(k)} for k in np.unique(fold)], ranks, learned=gain)
     report(runs, weights, args.name, metrics)
     return folder
 

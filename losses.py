@@ -51,8 +51,10 @@ def loss_of(task, name: str, logit: torch.Tensor, goal: torch.Tensor, weight=1.0
 
 
 def loss_of_prob(task, name: str, prob: np.ndarray, goal: np.ndarray) -> float:
-    """Mean loss of predictions (N, K) for goals (N, K)."""
-    return loss_of(task, name, torch.from_numpy(task.logit(prob)), torch.from_numpy(goal).double()).mean().item()
+    """Mean loss of predictions (N, K) for goals (N, K), of rows in which one is known."""
+    known = ~np.isnan(goal).all(axis=1)
+    logit, goal = (torch.from_numpy(part[known]).double() for part in (task.logit(prob), goal))
+    return loss_of(task, name, logit, goal).mean().item()
 
 
 def guide_loss(attention: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,8 @@ def read_folders(args: argparse.Namespace) -> dict[str, pd.DataFrame]:
                 table[args.target_col[0]] = [path.parts[0] for path in found]
                 for path in (path for path in found if len(path.parts) == 1):
                     raise InputError(f"{path} lies in no class folder of {folders[0]}; move it, or pass --train_csv")
-            tables[split] = table[:: max(1, len(table) // (args.limit or len(table)))]  # --limit: of all classes
+            some = np.linspace(0, len(table) - 1, min(args.limit or len(table), len(table)))
+            tables[split] = table.iloc[some.astype(int)].reset_index(drop=True)  # --limit: of all classes
     return tables
 
 
@@ -73,7 +74,8 @@ def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
 def read_labels(path: Path, args: argparse.Namespace, labelled: bool) -> pd.DataFrame:
     """Read an input table; groups stay text."""
     group = () if args.group_col == "none" else (args.group_col,)
-    table = read_table(path, args.target_col if labelled else [], args.image_col, text=group)
+    labels = args.target_col if labelled else []
+    table = read_table(path, labels, args.image_col, text=group, words=labels)
     for column in (column for column in ("width", "height") if column in table):
         print(f"{path}: column {column} is replaced by that of the upright image")
         table = table.drop(columns=column)
@@ -86,7 +88,8 @@ def with_target(table: pd.DataFrame, task: Task, path: Path, columns: list[str])
     """A table with the target as numbers, in the task's columns in place of the given ones."""
     target = read_target(task, table, path, columns)
     for column in (column for column in task.targets if column in table and column not in columns):
-        raise InputError(f"{path} has a column {column!r}, which this project writes; rename or remove it")
+        print(f"{path}: column {column} is replaced by the target")
+        table = table.drop(columns=column)
     place, rest = table.columns.get_loc(columns[0]), table.drop(columns=columns)
     whole = [values.astype(int) if np.isfinite(values).all() and task.classes else values for values in target.T]
     for i, (column, values) in enumerate(zip(task.targets, whole, strict=True)):
@@ -166,8 +169,11 @@ def assign_folds(task: Task, target: np.ndarray, group: np.ndarray, n_folds: int
         splitter, code = StratifiedGroupKFold(n_folds), np.random.default_rng(seed).permutation(len(names))[code]
     fold, strata = np.full(len(target), -1), task.strata(target)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of strata rarer than there are folds
-        for k, (_, held_out) in enumerate(splitter.split(strata, strata, code)):
-            fold[held_out] = k
+        try:
+            for k, (_, held_out) in enumerate(splitter.split(strata, strata, code)):
+                fold[held_out] = k
+        except ValueError as error:  # every stratum has fewer rows than there are folds
+            raise InputError(f"--n_folds {n_folds}: {error}; {advice}") from None
     for name, member in zip(task.classes, task.members(target).T, strict=True):
         if (found := len(np.unique(fold[member]))) < needed:
             raise InputError(f"{name!r} would be in {found} of {n_folds} folds; {advice}")
@@ -219,7 +225,8 @@ def main(args: argparse.Namespace) -> Path:
     inputs = find_inputs(args)
     tables, task = read_inputs(args, inputs)
     many = f"{len(task.classes)} {'classes' if task.in_every_fold else 'labels'} ({some_of(task.classes)})"
-    print(f"target: {many if task.classes else task.names[0]}, {task.kind}, judged by {task.metric}")
+    one = f", {task.names[0]!r} counts as 1" if task.kind == "binary" else ""
+    print(f"target: {many if task.classes else task.names[0]}, {task.kind}{one}, judged by {task.metric}")
     splits = [split for split in ("train", "extra", "test") if split in inputs]
     image_dirs = {split: args.image_dir or [inputs[split].parent / "images"] for split in splits}
     if args.test_image_dir and "test" in tables:

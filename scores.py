@@ -7,6 +7,7 @@ References:
     resampled together.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -136,7 +137,9 @@ def of_decision(name: str, **options) -> Callable:
         from sklearn import metrics
 
         decision = prob.argmax(axis=1) if prob.ndim == 2 else (prob >= 0.5).astype(int)
-        return float(getattr(metrics, name)(np.ravel(target).astype(int), decision, **options))
+        all_classes = {"labels": range(prob.shape[1])} if name == "cohen_kappa_score" else {}
+        with warnings.catch_warnings(action="ignore"):  # a class that only predictions have
+            return float(getattr(metrics, name)(np.ravel(target).astype(int), decision, **options, **all_classes))
 
     return score
 

@@ -5,6 +5,7 @@ A new kind of target is a class and a row of KINDS. Arrays: target (N, T) as the
 """
 
 import re
+import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -128,12 +129,12 @@ class Task:
         if len(columns) == 1:
             values = prob[:, 0] if len(self.names) == 1 else np.array([self.decide(row) for row in prob])
             return {columns[0]: values}
-        place = {column: [i for i, name in enumerate(self.names) if column == name or column.endswith(f"_{name}")]
-                 for column in columns}  # fmt: skip
-        if sorted(i for found in place.values() for i in found) != list(range(len(self.names))):
+        ends = {column: [name for name in self.names if f"_{column}".endswith(f"_{name}")] for column in columns}
+        place = {column: self.names.index(max(found, key=len)) for column, found in ends.items() if found}
+        if sorted(place.values()) != list(range(len(self.names))) or len(place) < len(columns):
             raise InputError(f"the sample submission has columns {some_of(columns)} for {some_of(self.names)}; name "
                              "each label once, and nothing else")  # fmt: skip
-        return {column: prob[:, found[0]] for column, found in place.items()}
+        return {column: prob[:, i] for column, i in place.items()}
 
     @classmethod
     def losses(cls) -> dict:
@@ -341,7 +342,8 @@ def as_words(column: pd.Series) -> pd.Series:
     """Values as text, the same however a file has them: 1, 1.0, 001 and True are "1"; missing ones stay missing."""
 
     def word(value) -> str:
-        text = {"True": "1", "False": "0"}.get(str(value), str(value))
+        text = unicodedata.normalize("NFC", str(value)).strip()
+        text = {"True": "1", "False": "0"}.get(text, text)
         whole = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text)
         return whole[1] + whole[2] if whole else text
 
@@ -378,8 +380,11 @@ def kind_of(cells: pd.DataFrame, names: pd.Series, path: Path, positive: str | N
         return "regression"
     separator, different = separator_of(cells), column.unique()
     words = set().union(*(split_words(cell, separator or "|") for cell in different))
-    # fewer words than cells, because those of "basal cell carcinoma" are no labels
-    if positive is None and number.isna().any() and separator and (separator == "|" or len(words) < len(different)):
+    if separator == "," and pd.to_numeric(pd.Series(list(words)), errors="coerce").notna().all():
+        raise InputError(f"{path}: {column.name} has decimal commas, such as {different[0]!r}; write points")
+    # fewer words than cells, one of them alone, because those of "basal cell carcinoma" are no labels
+    labels = separator == "|" or (separator and len(words) < len(different) and words & set(different))
+    if positive is None and number.isna().any() and labels:
         return "multilabel"
     return "binary" if positive is not None or column.nunique() <= 2 else "multiclass"
 
@@ -405,6 +410,7 @@ def find_task(table: pd.DataFrame, path: Path, columns: list[str], kind: str | N
     """The task that the labels in some columns of a train table ask for. Raises InputError if they do not fit a kind,
     or a label is the same in every row."""
     cells = cells_of(table, columns)
+    positive = None if positive is None else as_words(pd.Series([positive]))[0]
     if cells.isna().all(axis=None):
         raise InputError(f"{path}: {', '.join(columns)} is empty; nothing can be learned from it")
     chosen = KINDS[kind or kind_of(cells, table[ID], path, positive)]
@@ -417,6 +423,8 @@ def find_task(table: pd.DataFrame, path: Path, columns: list[str], kind: str | N
     if metric not in known:
         raise InputError(f"--metric {metric} is not for {chosen.kind}; pass {', '.join(known)} (kappa with --ordinal)")
     task = chosen(**chosen.learn(cells, positive), metric=metric, ordinal=ordinal)
+    if ordinal and (chosen is not MultiClass or pd.to_numeric(pd.Series(task.names), errors="coerce").isna().any()):
+        raise InputError("--ordinal is for classes that are numbers; write numbers for words, or leave it out")
     target = read_target(task, table, path, columns)
     for name, values in zip(task.names if len(task.targets) > 1 else columns, target.T, strict=True):
         if len(np.unique(values[~np.isnan(values)])) < 2:
@@ -461,18 +469,20 @@ def score(task: Task, target: np.ndarray, prob: np.ndarray, group: np.ndarray, o
     return result
 
 
-def score_folds(task: Task, oof: pd.DataFrame, group: pd.Series, folds: list[int]) -> dict:
+def score_folds(task: Task, oof: pd.DataFrame, group: pd.Series, folds: list[int], ranks: bool = False) -> dict:
     """Scores of held-out predictions: of every fold, their mean, over all rows, and if the main score depends on the
-    order alone, over ranks inside folds. group: of every image, by image_name."""
+    order alone, over ranks inside folds. group: of every image, by image_name; ranks: the predictions are ranks."""
     groups, fold = group[oof[ID]].to_numpy(), oof[FOLD].to_numpy()
     target, prob = oof[task.targets].to_numpy(float), oof[task.columns].to_numpy(float)
-    each = [{"fold": k, **score(task, target[fold == k], prob[fold == k], groups[fold == k])} for k in folds]
+    rows = {k: fold == k for k in folds}
+    each = [{"fold": k, **score(task, target[i], prob[i], groups[i], ranks)} for k, i in rows.items()]
     defined = [part[task.metric] for part in each if part[task.metric] is not None]
     found = {
         "metric": task.metric,
+        "ranks": ranks,
         "folds": each,
         f"mean_{task.metric}": float(np.mean(defined)) if defined else None,
-        "pooled": score(task, target, prob, groups),
+        "pooled": score(task, target, prob, groups, ranks),
     }
     if task.metrics[task.metric].ranks:
         found["ranked"] = score(task, target, scores.rank_in_fold(prob, fold), groups, only_ranks=True)

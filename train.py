@@ -53,17 +53,19 @@ class Progress:
 
     epochs: int = 0
     best_epoch: int = 0
-    last_score: float = -math.inf  # the main score of the held-out fold, negative if less of it is better
-    best_score: float = -math.inf
+    last_score: float | None = None  # the main score of the held-out fold, negative if less of it is better
+    best_score: float | None = None  # None while it is undefined: the first epoch is kept
     seconds: float = 0.0
     log: list[dict] = field(default_factory=list)  # a row per epoch
     gates: list[torch.Tensor] = field(default_factory=list)  # all gates after each epoch
 
     def note(self, row: dict, score: float) -> bool:
         """Add an epoch by its row of the log and its score; returns whether it is the best so far."""
-        self.epochs, self.last_score, self.seconds = row["epoch"], score, self.seconds + row["seconds"]
+        self.epochs, self.seconds = row["epoch"], self.seconds + row["seconds"]
+        self.last_score = None if math.isnan(score) else score
         self.log.append(row)
-        if self.last_score > self.best_score:
+        best = -math.inf if self.best_score is None else self.best_score
+        if self.best_epoch == 0 or score > best:
             self.best_score, self.best_epoch = self.last_score, self.epochs
         return self.best_epoch == self.epochs
 
@@ -71,7 +73,7 @@ class Progress:
 def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team: Team, deadline: float) -> None:
     """Fit a network on all folds but k, keep its best epoch, predict fold k and the test images."""
     images, encoder, task = dataset.make_images(data, k, args, models.MODELS[args.model])
-    train, valid, device, strata = images["train"], images["valid"], team.device, task.strata(data.target)
+    train, valid, device = images["train"], images["valid"], team.device
     torch.manual_seed(epoch_seed(args.seed, k, 0))  # initial weights
     spec, weight = make_spec(args, data, encoder.dim), torch.tensor(args.pos_weight, device=device)
     model = models.build_model(spec, fold_weights(args.weights, data, k)).to(device)
@@ -83,7 +85,7 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     routing = make_routing(args, model, network, scaler)
     how = args.sampler, args.batch_size, args.accumulate, args.workers
-    loader = dataset.TrainLoader(train, strata[train.rows], *how, team)
+    loader = dataset.TrainLoader(train, task.strata(data.target[train.rows]), *how, team)
     valid_loader = dataset.eval_loader(valid, team.rows(len(valid)), args.batch_size, args.workers)
     about = {"trained_on": {"folds_sha256": data.folds_sha256, "fold": k}}
     about |= {"encoder": encoder.columns, "task": task.facts()}
@@ -317,7 +319,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     fit = parser.add_argument_group("optimisation").add_argument
     fit("--fold", nargs="+", default=["all"], help="held-out folds from 0, or all")
     fit("--epochs", type=count, default=20, help="at most")
-    fit("--patience", type=count, default=3, help="epochs without a better AUC")
+    fit("--patience", type=count, default=3, help="epochs without a better main score")
     fit("--batch_size", type=count, default=64, help="images per step")
     losses = dict.fromkeys(loss for kind in KINDS.values() for loss in kind.losses())
     fit("--loss", choices=tuple(losses), help="focal has gamma 2 [focal; of a quantity smooth_l1]")

@@ -33,7 +33,7 @@ def plot_predictions(run_dir: Path, task: Task, oof: pd.DataFrame) -> None:
     if task.prefix != PROB:
         for fold in sorted(set(oof[FOLD])):
             axes.scatter(target[oof[FOLD] == fold], prob[oof[FOLD] == fold], s=6, label=f"fold {fold}")
-        ends = np.nanmin(target), np.nanmax(target)
+        ends = np.nanquantile(target, [0, 1]) if np.isfinite(target).any() else (0, 1)
         axes.set(xlabel="target", ylabel="prediction", title="Held-out folds")
     else:
         folds = sorted(set(oof[FOLD])) if len(task.columns) == 1 else []

@@ -112,13 +112,17 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
         table.to_csv(temporary, index=False)
 
 
-def read_csv(path: Path, columns=(), text=()) -> pd.DataFrame:
-    """Read a csv that has all `columns`; those in `text` are read as text. Raises InputError otherwise."""
+def read_csv(path: Path, columns=(), text=(), words=()) -> pd.DataFrame:
+    """Read a csv that has all `columns`; those in `text` are read as text, and in those in `words` None and NA are
+    words too, unless all others are numbers. Raises InputError otherwise."""
     try:
         how = {"dtype": dict.fromkeys(text, str), "low_memory": False, "compression": None}
         table = pd.read_csv(path, encoding="utf-8-sig", **how)
         if not isinstance(table.index, pd.RangeIndex):  # pandas would take the first column for an index
             raise ValueError("rows are longer than the header")
+        for column in (column for column in words if column in table and table[column].dtype not in (float, int, bool)):
+            raw = pd.read_csv(path, encoding="utf-8-sig", usecols=[column], dtype=str, keep_default_na=False)[column]
+            table[column] = raw.where(raw != "")
     except ValueError as error:  # not UTF-8, not a table, or empty: pandas says which
         raise InputError(f"{path} is not a readable csv ({error}); save it as CSV UTF-8") from None
     missing = [column for column in columns if column not in table]

@@ -39,7 +39,8 @@ class ImageIndex:
         self.folders, self._found = folders, {}
         for folder in folders:
             for path in sorted(folder.rglob("*")):
-                if path.suffix.lower() in SUFFIXES:
+                hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
+                if path.suffix.lower() in SUFFIXES and not hidden:
                     for key in {name_key(path.relative_to(folder).as_posix()), name_key(path.name)}:
                         if path not in self._found.setdefault(key, []):  # folders may overlap
                             self._found[key].append(path)
@@ -47,6 +48,8 @@ class ImageIndex:
     def find(self, name: str) -> Path | None:
         """File of that name, None if there is none; raises InputError if there are several."""
         found = self._found.get(name_key(name), [])
+        exact = [path for path in found if unicodedata.normalize("NFC", path.as_posix()).endswith(f"/{name}")]
+        found = exact if len(exact) == 1 else found
         if len(found) > 1:
             raise InputError(f"{found[0]} and {found[1]} are both named {name}; name the folder as well, or remove one")
         return found[0] if found else None
@@ -105,7 +108,10 @@ def read_deep_tiff(path: Path) -> Image.Image | None:
     """A TIFF with 16 bits per colour, which Pillow does not read; None for any other file."""
     if path.suffix.lower() not in (".tif", ".tiff") or not path.is_file():
         return None
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    try:
+        pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:  # an empty file
+        return None
     if pixels is None or pixels.dtype != np.uint16 or pixels.ndim != 3:
         return None
     return Image.fromarray(np.rint(pixels[:, :, 2::-1] / 257).astype(np.uint8))
@@ -120,7 +126,11 @@ def read_dicom(path: Path) -> Image.Image:
 
         facts = pydicom.dcmread(path)
         frame = pixels.pixel_array(facts, index=0)
-        if frame.ndim == 2:
+        if facts.PhotometricInterpretation == "PALETTE COLOR":
+            frame = pixels.apply_color_lut(frame, facts)
+        if frame.ndim == 3:
+            frame = np.rint(frame / (np.iinfo(frame.dtype).max / 255))
+        else:
             frame = pixels.apply_voi_lut(pixels.apply_modality_lut(frame, facts), facts).astype(float)
             frame = (frame - frame.min()) / max(np.ptp(frame), 1e-9)
             frame = np.rint(255 * (1 - frame if facts.PhotometricInterpretation == "MONOCHROME1" else frame))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from calibration import calibrate
+from calibration import calibrate, calibrated
 from plumbing.data import Data
 from plumbing.figures import plot_curves, plot_predictions
 from plumbing.files import check_hashes, copy, read_csv, read_json, remove, sha256, write_json, write_table
@@ -86,24 +86,25 @@ def score_line(name: str, metrics: dict) -> str:
     """One line of a result table: main score of the folds and its mean, and out of fold with its interval (of an AUC:
     of ranks inside folds)."""
     metric, pooled = metrics["metric"], metrics.get("ranked", metrics["pooled"])
-    low, high = pooled[f"{metric}_interval"]
-    folds = " ".join("-" if fold[metric] is None else f"{fold[metric]:.3f}" for fold in metrics["folds"])
-    oof = f"oof {pooled[metric]:.3f} [{low:.3f}, {high:.3f}]"
-    return f"{name:<12} {metric} of folds {folds}   mean {metrics[f'mean_{metric}']:.3f}   {oof}"
+    values = [*(fold[metric] for fold in metrics["folds"]), metrics[f"mean_{metric}"], pooled[metric]]
+    values += pooled[f"{metric}_interval"] or [None, None]
+    *folds, mean, oof, low, high = ("-" if value is None else f"{value:.3f}" for value in values)
+    return f"{name:<12} {metric} of folds {' '.join(folds)}   mean {mean}   oof {oof} [{low}, {high}]"
 
 
 # ---------------------------------------------------------------- writing
-def write_run(run_dir: Path, oof: pd.DataFrame, test, data: Data, folds: list[dict], **extra) -> dict:
+def write_run(run_dir: Path, oof: pd.DataFrame, test, data: Data, folds: list, ranks=False, **extra) -> dict:
     """Write what every run, blends included, leaves behind; returns the metrics. oof: image_name, fold, target, prob
     (the columns of the task). test: image_name, fold, prob, or None. folds: facts about each fold (at least its
-    number), to which the scores are added. extra: further metrics."""
-    metrics = score_folds(data.task, oof, data.group, [fold["fold"] for fold in folds]) | extra
+    number), to which the scores are added. ranks: predictions are ranks, only their order means something. extra:
+    further metrics."""
+    metrics = score_folds(data.task, oof, data.group, [fold["fold"] for fold in folds], ranks) | extra
     arrays = [oof[columns].to_numpy(float) for columns in (data.task.targets, data.task.columns)]
     metrics["calibration"] = calibrate(data.task, *arrays, data.group[oof[ID]].to_numpy(), oof[FOLD].to_numpy())
     metrics["folds"] = [facts | new for facts, new in zip(folds, metrics["folds"], strict=True)]
     tables = {"oof.csv": oof}
     if test is not None:
-        tables |= {"test_predictions.csv": test, "submission.csv": make_submission(test, data)}
+        tables |= {"test_predictions.csv": test, "submission.csv": make_submission(test, data, metrics["calibration"])}
     for name, table in tables.items():
         write_table(run_dir / name, table)
     metrics["sha256"] = {name: sha256(run_dir / name) for name in tables}
@@ -112,13 +113,17 @@ def write_run(run_dir: Path, oof: pd.DataFrame, test, data: Data, folds: list[di
     return metrics
 
 
-def make_submission(test: pd.DataFrame, data: Data) -> pd.DataFrame:
-    """Mean prediction over folds of the test images predicted, in the sample submission's order and columns."""
+def make_submission(test: pd.DataFrame, data: Data, fit: dict | None = None) -> pd.DataFrame:
+    """Mean prediction over folds of the test images predicted, in the sample submission's order and columns; words of
+    several labels by the calibration `fit`."""
     mean = test.groupby(test[ID].map(name_key))[data.task.columns].mean()
     id_col, *columns = data.facts["submission_columns"]
     ids = data.test[ID] if data.submission is None else data.submission[id_col]
     ids = ids[ids.map(name_key).isin(mean.index)]  # a dry run with --limit predicts some
-    values = data.task.submit(mean.loc[ids.map(name_key)].to_numpy(), columns)
+    prob = mean.loc[ids.map(name_key)].to_numpy()
+    if fit and len(columns) == 1 and len(data.task.names) > 1 and not data.task.sums_to_1:
+        prob = calibrated(data.task, prob, fit)
+    values = data.task.submit(prob, columns)
     return pd.DataFrame({id_col: ids.to_numpy(), **values})
 
 
@@ -132,7 +137,8 @@ def open_run(run_dir: Path, config: dict, folds: list[int], resume: bool, overwr
         remove_run(run_dir)
     if path.exists():
         kept = config["args"].keys() - FREE_ARGUMENTS
-        new, old = (c["inputs"] | {key: c["args"][key] for key in kept} for c in (config, read_json(path)))
+        new, old = ({"task": c["task"], **c["inputs"]} | {key: c["args"][key] for key in kept}
+                    for c in (config, read_json(path)))  # fmt: skip
         for key in sorted(key for key in new if new[key] != old.get(key)):
             raise InputError(f"{run_dir} has {key} = {old.get(key)}, not {new[key]}; pass --name or --overwrite")
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -63,3 +63,6 @@ def test_too_few_rows_and_quantities_have_no_calibration():
     size = tasks.Regression(("size",), "mae")
     values, part = np.arange(40.0)[:, None], np.arange(40) % 2
     assert calibration.calibrate(size, values, values, np.arange(40), part) is None
+    group = np.zeros(40)  # one patient: no half can teach the other
+    target = np.arange(40.0)[:, None] % 2
+    assert calibration.calibrate(BINARY, target, np.full((40, 1), 0.5), group, np.zeros(40)) is None

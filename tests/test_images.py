@@ -44,6 +44,9 @@ def test_of_several_pages_the_first_is_read_and_said(tmp_path, capsys):
 
 
 def test_floating_point_pixels_are_refused(tmp_path):
+    (tmp_path / "empty.tif").touch()
+    with pytest.raises(InputError, match=r"empty\.tif"):
+        read_image(tmp_path / "empty.tif")
     Image.fromarray(GREY.astype(np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif.*floating"):
         read_image(tmp_path / "a.tif")

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SMALL_MODEL, call, hashes, read
+from conftest import SMALL_MODEL, call, change, hashes, read, rewrite
 
 import losses
 import scores
@@ -49,7 +49,7 @@ def prepare(source, folder, kind, *flags):
 
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_a_kind_goes_from_the_table_to_new_images(source, tmp_path, kind, capsys):
-    data = prepare(source, tmp_path / "my", kind, *["--ordinal"] * (kind == "multiclass"))
+    data = prepare(source, tmp_path / "my", kind)
     expected, columns = "multilabel" if kind == "words" else kind, COLUMNS[kind]
     assert f", {expected}, judged by " in capsys.readouterr().out
     where = ["--data_dir", data, "--runs_dir", tmp_path / "runs"]
@@ -65,7 +65,7 @@ def test_a_kind_goes_from_the_table_to_new_images(source, tmp_path, kind, capsys
         assert np.isfinite(oof[columns]).all(axis=None)
         if kind == "multiclass":
             assert np.allclose(oof[columns].sum(axis=1), 1)
-    metrics = read_json(tmp_path / "runs" / "weights" / "metrics.json")
+    metrics = read_json(tmp_path / "runs" / "mean" / "metrics.json")
     task = read_json(data / "preprocess.json")["task"]
     known = [name for name, metric in tasks.KINDS[expected].metrics.items() if task["ordinal"] or not metric.ordinal]
     assert set(known) <= metrics["pooled"].keys()
@@ -89,11 +89,7 @@ def test_a_stopped_training_of_a_kind_goes_on_bit_equal(source, tmp_path, kind):
     stopped = call("train", *words, "--runs_dir", tmp_path / "b", "--epochs", 1)
     for path in stopped.glob("fold0_metrics.json"):
         path.unlink()  # as if it had been stopped before its last file
-    config = read_json(stopped / "config.json")
-    config["args"]["epochs"] = 2
-    from plumbing.files import write_json
-
-    write_json(stopped / "config.json", config)
+    change(stopped / "config.json", lambda config: config["args"].update(epochs=2))
     call("train", *words, "--runs_dir", tmp_path / "b", "--epochs", 2, "--resume")
     same = [path for path in hashes(straight) if path.endswith(("oof.csv", "best.pt"))]
     assert len(same) == 3
@@ -121,6 +117,8 @@ def task_of(values, *columns, **options):
         (["basal cell carcinoma", "squamous cell carcinoma", "nevus"], "multiclass",
          ("basal cell carcinoma", "nevus", "squamous cell carcinoma")),
         (["a", "b", "a b", "b a"], "multilabel", ("a", "b")),
+        (["benign", "malignant ", " benign", "benign"], "binary", ("malignant",)),
+        (["caf\u00e9", "cafe\u0301", "tea", "tea", "tea"], "binary", ("caf\u00e9",)),
         (["big mass|nodule", "nodule", "big mass", "none"], "multilabel", ("big mass", "nodule", "none")),
         ([0.5, 2, 3.25], "regression", ("label",)),
         ([0.5, None, 3.25], "regression", ("label",)),
@@ -155,6 +153,8 @@ def test_empty_cells_are_unknown_where_that_makes_sense():
         (["a", "b", "c"], {"kind": "regression"}, "im0"),
         (["a", "b", "c"], {"metric": "mae"}, "auc"),
         (["a", "b", "c"], {"metric": "kappa"}, "--ordinal"),
+        (["mild", "none", "severe"], {"ordinal": True}, "--ordinal"),
+        (["0,1", "2,3", "0,5"], {}, "decimal commas"),
         (["a", "b", "c"], {"kind": "multiclass", "positive": "a"}, "--positive"),
     ],
 )
@@ -170,6 +170,9 @@ def test_a_label_that_the_sample_submission_lacks_is_named():
     assert task.submit(prob, ["p_c", "p_a", "p_b"])["p_c"].tolist() == [0.3]
     with pytest.raises(InputError, match="sample submission"):
         task.submit(prob, ["a", "b"])
+    close = tasks.MultiLabel(("big_mass", "mass"), "ap")  # one is the end of the other
+    assert close.submit(prob[:, :2], ["mass", "big_mass"])["mass"].tolist() == [0.5]
+    assert close.submit(prob[:, :2], ["p_mass", "p_big_mass"])["p_mass"].tolist() == [0.5]
 
 
 # ---------------------------------------------------------------- scores and losses
@@ -232,6 +235,48 @@ def test_strata_are_classes_rarest_labels_and_quantiles():
     strata = task.strata(target)
     assert strata[-1] == 0
     assert np.bincount(strata[:-1])[1:].tolist() == [2, 2, 2, 2, 2]
+
+
+def test_none_is_a_word_among_words_and_a_gap_among_numbers(source, tmp_path):
+    words = np.where(ROWS % 4 < 2, "None", np.where(ROWS % 8 < 4, "tumor", "tumor|cyst"))[:24]
+    table = read(source / "train.csv").drop(columns="target").assign(finding=words)
+    table.to_csv(tmp_path / "train.csv", index=False)
+    flags = ["--image_dir", source / "images", "--size", 32, "--n_folds", 2]
+    data = call("preprocess", "--train_csv", tmp_path / "train.csv", "--output_dir", tmp_path / "a", *flags,
+                "--target_col", "finding")  # fmt: skip
+    assert read_json(data / "preprocess.json")["task"]["names"] == ["None", "cyst", "tumor"]
+    table["size"] = np.where(ROWS % 5, ROWS / 2, np.nan)[:24]
+    table.to_csv(tmp_path / "train.csv", index=False, na_rep="NA")
+    data = call("preprocess", "--train_csv", tmp_path / "train.csv", "--output_dir", tmp_path / "b", *flags,
+                "--target_col", "size")  # fmt: skip
+    assert read(data / "train.csv")["target"].isna().sum() == 5
+
+
+def test_a_fold_without_a_score_is_trained_all_the_same(source, tmp_path):
+    data = prepare(source, tmp_path / "my", "regression")
+    table = read(data / "train.csv")
+    rewrite(data / "train.csv", lambda t: t.assign(target=t["target"].where(t["fold"] == 1)), "preprocess.json")
+    assert table["target"].notna().sum() > 12
+    run = call("train", "--model", "resnet", "--data_dir", data, "--runs_dir", tmp_path, *SMALL_MODEL, "--fold", 0)
+    metrics = read_json(run / "metrics.json")
+    assert (metrics["folds"][0]["mae"], metrics["folds"][0]["best_epoch"]) == (None, 1)
+
+
+def test_a_run_has_one_target(source, tmp_path):
+    words = ["--model", "resnet", "--runs_dir", tmp_path, *SMALL_MODEL]
+    data = prepare(source, tmp_path / "my", "multiclass")
+    call("train", "--data_dir", data, "--fold", 0, *words)
+    other = prepare(source, tmp_path / "other", "multiclass", "--metric", "accuracy")
+    with pytest.raises(InputError, match="task"):
+        call("train", "--data_dir", other, "--fold", 1, *words)
+    with pytest.raises(InputError, match="another target"):
+        call("ensemble", "mean", "--runs_dir", tmp_path, "--data_dir", other)
+
+
+@pytest.mark.parametrize("flags", [["--n_folds", 12], ["--n_folds", 12, "--group_col", "none"]])
+def test_more_folds_than_rows_of_a_stratum_end_in_one_line(source, tmp_path, flags):
+    with pytest.raises(InputError, match="--n_folds"):
+        prepare(source, tmp_path / "my", "regression", *flags)
 
 
 # ---------------------------------------------------------------- a kind from outside
