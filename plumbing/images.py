@@ -3,7 +3,6 @@
 import unicodedata
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -106,6 +105,8 @@ def read_image(path: Path, min_side: int | None = None) -> tuple[Image.Image, tu
 
 def read_deep_tiff(path: Path) -> Image.Image | None:
     """A TIFF with 16 bits per colour, which Pillow does not read; None for any other file."""
+    import cv2
+
     if path.suffix.lower() not in (".tif", ".tiff") or not path.is_file():
         return None
     try:
@@ -153,6 +154,8 @@ def cut(image: Image.Image, box: tuple, size: int, original_size: tuple[int, int
     pixels = np.asarray(image.resize(inner, Image.Resampling.BILINEAR, box=(left, top, right, bottom)))
     if inner == [size, size]:
         return pixels
+    import cv2  # 20 MB that a preprocessing of squares does without
+
     after = [size - start - length for start, length in zip(before, inner, strict=True)]
     return cv2.copyMakeBorder(pixels, before[1], after[1], before[0], after[0], cv2.BORDER_REFLECT_101)
 
