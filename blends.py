@@ -11,10 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scores import rank_among
-from tasks import Task, main_score
+from scores import rank_columns
+from tasks import Task, main_score, prob_of
 
 SELECTION_STEPS = 25
+
+
+def average_of(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted average (N, K) of values (N, M, K)."""
+    return np.einsum("nmk,m->nk", values, weights)
 
 
 def learn_weights(task: Task, values: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -22,7 +27,7 @@ def learn_weights(task: Task, values: np.ndarray, target: np.ndarray) -> np.ndar
     counts = np.zeros(values.shape[1])
     best_counts, best = counts, -np.inf
     for step in range(SELECTION_STEPS):
-        sums = np.einsum("nmk,m->nk", values, counts)
+        sums = average_of(values, counts)
         found = [main_score(task, target, (sums + values[:, m]) / (step + 1)) for m in range(len(counts))]
         counts = counts + np.eye(len(counts))[int(np.argmax(found))]
         if max(found) > best:  # a longer list must be better, not as good
@@ -37,7 +42,7 @@ def by_order(task: Task) -> bool:
 
 def rank_of(task: Task, prob: np.ndarray, history: np.ndarray) -> np.ndarray:
     """Ranks of predictions of one fold's network among its predictions of the rows that the fold held out."""
-    return np.column_stack([rank_among(old, new) for old, new in zip(history.T, prob.T, strict=True)])
+    return rank_columns(history, prob)
 
 
 def value_of_rank(task: Task, rank: np.ndarray, history: np.ndarray) -> np.ndarray:
@@ -46,13 +51,6 @@ def value_of_rank(task: Task, rank: np.ndarray, history: np.ndarray) -> np.ndarr
         return rank
     values = [np.quantile(old, new) for old, new in zip(history.T, rank.T, strict=True)]
     return prob_of(task, task.logit(np.column_stack(values)))
-
-
-def prob_of(task: Task, logit: np.ndarray, history=None) -> np.ndarray:
-    """Predictions of logits."""
-    import torch
-
-    return task.prob(torch.from_numpy(logit)).numpy()
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,9 @@ class Blend:
 BLENDS = {
     "mean": Blend(),
     "rank": Blend(rank_of, value_of_rank, ranks=True),
-    "logit": Blend(lambda task, prob, history: task.logit(prob), prob_of),
+    "logit": Blend(
+        lambda task, prob, history: task.logit(prob), lambda task, average, history: prob_of(task, average)
+    ),
     "weights": Blend(
         lambda task, prob, history: rank_of(task, prob, history) if by_order(task) else prob,
         ranks=True,

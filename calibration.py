@@ -11,9 +11,8 @@ References:
 
 import numpy as np
 
-from scores import OF_QUANTITIES, known_labels
-from tasks import Task
-from util import InputError
+from scores import known_labels
+from tasks import Task, prob_of
 
 BINS = 15  # of the expected calibration error
 SENSITIVITIES = (0.8, 0.9, 0.95)
@@ -21,9 +20,9 @@ FIT_ROWS = 20_000  # that a calibration is fitted to at most
 FEWEST = 10  # rows of every class, below which nothing is fitted
 
 
-def parts_of(task: Task, target: np.ndarray, group: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """Parts (N,) that teach each other: the folds, or if one fold alone was trained two halves with whole groups.
-    Raises InputError if a half would lack a class."""
+def parts_of(task: Task, target: np.ndarray, group: np.ndarray, fold: np.ndarray) -> np.ndarray | None:
+    """Parts (N,) that teach each other: the folds, or if one fold alone was trained two halves with whole groups; None
+    if a half would lack a class."""
     from sklearn.model_selection import StratifiedGroupKFold
 
     if len(np.unique(fold)) > 1:
@@ -33,16 +32,13 @@ def parts_of(task: Task, target: np.ndarray, group: np.ndarray, fold: np.ndarray
         part[next(StratifiedGroupKFold(2).split(strata, strata, group))[1]] = 1
     except ValueError:  # one group, or one row of each stratum
         pass
-    if part.all() or not part.any() or any(not task.members(target[part == i]).any(axis=0).all() for i in (0, 1)):
-        raise InputError("too few rows of a class to learn weights from one fold; train more folds or pass --weights")
-    return part
+    whole = all((part == i).any() and task.members(target[part == i]).any(axis=0).all() for i in (0, 1))
+    return part if whole else None
 
 
 def calibrated(task: Task, prob: np.ndarray, fit: dict) -> np.ndarray:
     """Calibrated predictions (N, K)."""
-    import torch
-
-    return task.prob(torch.from_numpy(fit["scale"] * task.logit(prob) + np.array(fit["bias"]))).numpy()
+    return prob_of(task, fit["scale"] * task.logit(prob) + np.array(fit["bias"]))
 
 
 def fit_calibration(task: Task, target: np.ndarray, prob: np.ndarray) -> dict:
@@ -106,11 +102,9 @@ def calibrate(task: Task, target: np.ndarray, prob: np.ndarray, group: np.ndarra
     learned from; None for a quantity, or if a class has too few rows in a part."""
     known = ~np.isnan(target).all(axis=1)
     target, prob, group, fold = target[known], prob[known], group[known], fold[known]
-    if task.metrics is OF_QUANTITIES or (task.members(target).sum(axis=0) < FEWEST).any():
+    if not task.probabilistic or (task.members(target).sum(axis=0) < FEWEST).any():
         return None
-    try:
-        part = parts_of(task, target, group, fold)
-    except InputError:
+    if (part := parts_of(task, target, group, fold)) is None:
         return None
     after = np.empty(prob.shape)
     for label in np.unique(part):

@@ -43,6 +43,7 @@ from plumbing.runs import read_run
 from util import FOLD, ID, PLACE, InputError
 
 MONTAGE_ROWS = 8
+DEFAULT_VIEWS = 4  # symmetries over which maps are averaged
 WIDE = 1.4  # side of the crops from which jittered ones are cut, over the box's
 EDGE = 0.5  # pixels by which a given box may leave its image: detectors round
 
@@ -228,6 +229,8 @@ def main(args: argparse.Namespace) -> Path:
     args.batch_size = args.batch_size or (16 if device.type == "cpu" else 256)
     folder = (args.output_dir or data.directory / "crops") / default_name(args, source)
     found = find_networks(args.run, source, data) if source and source.needs else {}
+    symmetries = read_run(args.run).config["views"] if found else 8
+    args.views = args.views or min(DEFAULT_VIEWS, symmetries)
     croppers = [Cropper(split, data, folder, args) for split in data.tables()]
     if args.class_name is not None and (args.class_name not in data.task.names or not found):
         raise InputError(f"--class is for the maps of a trained run: one of {', '.join(data.task.names)}")
@@ -279,7 +282,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--num_devs", type=util.number(float, -100, 100), default=1.5, help="--rule original: mean + num_devs * std")
     add("--centre", type=util.number(float, 0, 10), default=localize.CENTRE, help="--rule component: width of "
         "the prior that subjects are in the centre, in sides; 0: none")
-    add("--views", type=int, choices=(1, 2, 4, 8), default=4, help="symmetries over which maps are averaged")
+    add("--views", type=int, choices=(1, 2, 4, 8), help="symmetries over which maps are averaged [4; of a run with "
+        "--augment upright 1]")
     add("--shifts", type=int, choices=(1, 2), default=2, help="2: chips also shifted by half, for a map twice as fine")
     add("--batch_size", type=count, help="images that networks see at a time [16; 256 on a GPU]")
     return parser

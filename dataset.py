@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ JITTER_SCALE, JITTER_SHIFT = (0.9, 1.25), 0.1  # of a box's side, while training
 WHOLE_SHARE = 0.1  # of the crops in training that are the whole image instead
 HAIRS = (50, 100, 150, 200, 300, 400, 500, 600)  # on one image
 HAIR_COLORS = np.array([(35, 18, 11), (61, 35, 20), (90, 56, 37), (44, 22, 8), (21, 15, 8)])
+SLIGHT_TURN = np.pi / 18  # 10 degrees
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -85,19 +86,25 @@ class DrawHair(A.ImageOnlyTransform):
 
 
 class TurnAndTint(A.DualTransform):
-    """A square image or its mirror image, turned by any angle, moved, and tinted: brighter, darker, duller or gaudier.
-    All of it takes two passes over the pixels: one affine map, mirrored at the border, and one matrix on the colours,
-    without a clip between brightness, contrast and saturation. About twice as fast as D4, Affine and ColorJitter of
-    albumentations, which do the same (benchmarks/speed.py)."""
+    """A square image or its mirror image, turned, moved, and tinted: brighter, darker, duller or gaudier. turn: by
+    "any" angle, by "quarter" turns, or "slightly", which does not mirror. All of it takes two passes over the pixels:
+    one affine map, mirrored at the border, and one matrix on the colours, without a clip between brightness, contrast
+    and saturation. About twice as fast as D4, Affine and ColorJitter of albumentations, which do the same
+    (benchmarks/speed.py)."""
 
-    def __init__(self, shift: int = 0, tint: float = 0.2):
+    def __init__(self, shift: int = 0, tint: float = 0.2, turn: str = "any"):
         super().__init__(p=1.0)
-        self.shift, self.tint = shift, tint
+        self.shift, self.tint, self.turn = shift, tint, turn
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         """Draw both matrices as OpenCV takes them: place (2, 3) from old to new pixels, color (3, 4)."""
         rng, centre = self.random_generator, (params["shape"][0] - 1) / 2
-        angle, mirror = rng.uniform(-np.pi, np.pi), rng.choice([-1, 1])
+        if self.turn == "slightly":
+            angle, mirror = rng.uniform(-SLIGHT_TURN, SLIGHT_TURN), 1
+        else:
+            angle, mirror = rng.uniform(-np.pi, np.pi), rng.choice([-1, 1])
+        if self.turn == "quarter":
+            angle = np.pi / 2 * np.round(angle / (np.pi / 2))
         cos, sin = np.cos(angle), np.sin(angle)
         turn = np.array([[mirror * cos, sin], [-mirror * sin, cos]])  # a vertical flip is a mirror image turned
         moved = centre + rng.uniform(-self.shift, self.shift, 2) - centre * turn.sum(axis=1)
@@ -121,10 +128,24 @@ class TurnAndTint(A.DualTransform):
         return self._move(mask, place)
 
 
-def train_transform(size: int, shift: int = 0) -> A.Compose:
-    """The augmentation of training: hair, flips, any rotation, brightness, contrast, saturation. shift: also moves the
-    image by up to so many pixels, for networks that cut it into chips."""
-    return A.Compose([DrawHair(size), TurnAndTint(shift)])
+class Augmentation(NamedTuple):
+    """How training images are varied: transforms(size, shift), and over how many symmetries predictions and maps may be
+    averaged. shift: pixels by which networks want images moved that cut them into chips."""
+
+    transforms: Callable[[int, int], list]
+    views: int = 8
+
+
+AUGMENTATIONS = {
+    "skin": Augmentation(lambda size, shift: [DrawHair(size), TurnAndTint(shift)]),
+    "square": Augmentation(lambda size, shift: [TurnAndTint(shift, turn="quarter")]),
+    "upright": Augmentation(lambda size, shift: [TurnAndTint(max(shift, size // 20), turn="slightly")], views=1),
+}
+
+
+def train_transform(size: int, shift: int = 0, name: str = "skin") -> A.Compose:
+    """An augmentation by name, for images of size x size pixels."""
+    return A.Compose(AUGMENTATIONS[name].transforms(size, shift))
 
 
 # ---------------------------------------------------------------- where pictures come from
@@ -232,8 +253,8 @@ class ImageDataset(Dataset):
 
 def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDataset], MetaEncoder, Task]:
     """Images of fold k to "train" on, "valid" (held out) and "test", if there are any, with the metadata encoder and
-    the task, both fitted to the training rows. args: crop_dir, jitter, limit, meta_cols and guide of train.py; recipe:
-    of the network (models.MODELS)."""
+    the task, both fitted to the training rows. args: crop_dir, augment, jitter, limit, meta_cols and guide of train.py;
+    recipe: of the network (models.MODELS)."""
     crop_dir, tables = args.crop_dir, data.tables()
     if crop_dir is not None:
         tables = {split: with_boxes(table, crop_dir, split) for split, table in tables.items()}
@@ -267,7 +288,7 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
             chosen,
             encoder.encode(tables[split])[chosen],
             None if part == "test" else task.goal(target[chosen]),
-            train_transform(data.size, recipe.network.shift) if part == "train" else None,
+            train_transform(data.size, recipe.network.shift, args.augment) if part == "train" else None,
         )
     if args.guide is not None:
         grid = data.size // recipe.network.chip
@@ -312,12 +333,14 @@ def cut_batches(n_items: int, batch_size: int, accumulate: int, rank: int, size:
 
 
 class TrainLoader:
-    """Batches of the training epochs of a fold; one pool of loader processes serves all epochs."""
+    """Batches of the training epochs of a fold; one pool of loader processes serves all epochs. strata: of its images
+    (N,); args: sampler, batch_size, accumulate and workers of train.py."""
 
-    def __init__(self, images: ImageDataset, strata, sampler: str, batch_size, accumulate, workers: int, team: Team):
-        self.strata, self.sampler, self.how = strata, sampler, (batch_size, accumulate, team.rank, team.size)
+    def __init__(self, images: ImageDataset, strata: np.ndarray, args, team: Team):
+        self.strata, self.sampler = strata, args.sampler
+        self.how = args.batch_size, args.accumulate, team.rank, team.size
         self.batches, self._epoch = [], []
-        self._loader = DataLoader(images, batch_sampler=self, **loader_options(workers))
+        self._loader = DataLoader(images, batch_sampler=self, **loader_options(args.workers))
 
     def __iter__(self) -> Iterator[list]:
         for _, shares in self.batches:

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 import util
-from blends import BLENDS, Blend, by_order, scores_of, values_of
+from blends import BLENDS, Blend, average_of, by_order, scores_of, values_of
 from calibration import parts_of
 from plumbing.data import Data, read_data
 from plumbing.files import provenance, read_json, sha256, write_json
@@ -69,11 +69,6 @@ def parse_weights(words: list[str], names: list[str]) -> np.ndarray:
         how = f"write NAME=NUMBER, with a positive number and a name of {', '.join(names)}"
         raise InputError(f"--weights {' '.join(words)}; {how}") from None
     return weights / weights.sum()
-
-
-def average_of(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted average (N, K) of values (N, M, K)."""
-    return np.einsum("nmk,m->nk", values, weights)
 
 
 def cross_fit(blend: Blend, task: Task, values: np.ndarray, target: np.ndarray, part: np.ndarray) -> np.ndarray:
@@ -134,7 +129,9 @@ def main(args: argparse.Namespace) -> Path:
     average = average_of(values, weights)
     if blend.learn and not args.weights:
         weights = blend.learn(task, values, target)
-        average = cross_fit(blend, task, values, target, parts_of(task, target, group, fold))
+        if (part := parts_of(task, target, group, fold)) is None:
+            raise InputError("too few rows of a class to learn weights from one fold; train more, or pass --weights")
+        average = cross_fit(blend, task, values, target, part)
         gain = gain_over_equal_weights(task, average, values, target, fold, group)
     history = average_of(prob, weights), fold
     oof[task.columns], test = scores_of(blend, task, average, fold, *history), None

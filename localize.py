@@ -48,7 +48,7 @@ PAD = 0.18  # of the blob's side, on each side: border and context are diagnosti
 MIN_SIDE = 0.2  # of the square; smaller crops only magnify JPEG noise
 FULL_SIDE = 0.85  # of the square; larger crops gain nothing over the whole
 FLAT = 0.985  # normalised entropy above which a map says nothing
-WHOLE = partial(np.asarray)  # the part of a raster that lies in the image: all of it
+WHOLE = np.asarray  # the part of a raster that lies in the image: all of it
 
 # saliency
 SALIENCY_STRIDES = (4, 8, 16)  # of the feature maps that are read; the map has stride 4
@@ -515,7 +515,9 @@ class Finder:
         sources = [self.sources[k] for k in folds or self.sources]
         with autocast(torch.device(device), amp):
             maps = attention_maps(sources, array, device, self.views, batch_size)
-        for attention, size in zip(maps, sizes, strict=False) if self.frame != "square" else ():
+        if self.frame == "square":  # there is no padding
+            return maps
+        for attention, size in zip(maps, sizes, strict=True):
             seen = np.zeros_like(attention)
             part = inside(size, self.frame, len(attention))
             seen[part] = attention[part]

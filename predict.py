@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import models
 import util
-from blends import BLENDS
+from blends import BLENDS, average_of
 from calibration import calibrated
 from localize import Box, Finder, upsample
 from plumbing.data import CORNERS, MetaEncoder, read_table
@@ -155,7 +155,7 @@ class Blended:
             histories = [history[k].to_numpy() for history in self.history]
             pairs = zip(parts, histories, strict=True)
             values = [self.blend.value(self.task, part[k], history) for part, history in pairs]
-            average, history = (np.tensordot(self.weights, each, axes=1) for each in (values, histories))
+            average, history = (average_of(np.stack(each, axis=1), self.weights) for each in (values, histories))
             blended[k] = self.blend.score(self.task, average, history)
         found[self.name] = np.mean(list(blended.values()), axis=0)
         return blended
@@ -192,7 +192,8 @@ def read_meta(args: argparse.Namespace, names: list[str], needed: set[str]) -> p
     if args.csv is not None:
         meta = read_table(args.csv, (), args.image_col)
         bare = pd.Series([name.rpartition("/")[2] for name in names])  # a csv may name files without their folders
-        path_of = dict(zip(bare[~bare.duplicated(keep=False)], table[ID][~bare.duplicated(keep=False)], strict=True))
+        alone = ~bare.duplicated(keep=False)
+        path_of = dict(zip(bare[alone], table[ID][alone], strict=True))
         meta[ID] = meta[ID].map(name_key).map(lambda name: path_of.get(name, name))
         found = table[ID].isin(meta[ID])
         if not found.any():

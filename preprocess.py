@@ -76,20 +76,23 @@ def read_labels(path: Path, args: argparse.Namespace, labelled: bool) -> pd.Data
     group = () if args.group_col == "none" else (args.group_col,)
     labels = args.target_col if labelled else []
     table = read_table(path, labels, args.image_col, text=group, words=labels)
-    for column in (column for column in ("width", "height") if column in table):
-        print(f"{path}: column {column} is replaced by that of the upright image")
-        table = table.drop(columns=column)
+    table = drop(table, path, ["width", "height"])  # those of the upright image take their place
     for column in (column for column in OWN_COLUMNS if column in table):
         raise InputError(f"{path} has a column {column!r}, which this project writes; rename or remove it")
     return table[: args.limit]
 
 
+def drop(table: pd.DataFrame, path: Path, columns) -> pd.DataFrame:
+    """A table without those of the columns that it has, which are said: what we know replaces them."""
+    for column in (column for column in columns if column in table):
+        print(f"{path}: column {column} is replaced")
+    return table.drop(columns=columns, errors="ignore")
+
+
 def with_target(table: pd.DataFrame, task: Task, path: Path, columns: list[str]) -> pd.DataFrame:
     """A table with the target as numbers, in the task's columns in place of the given ones."""
     target = read_target(task, table, path, columns)
-    for column in (column for column in task.targets if column in table and column not in columns):
-        print(f"{path}: column {column} is replaced by the target")
-        table = table.drop(columns=column)
+    table = drop(table, path, [column for column in task.targets if column not in columns])
     place, rest = table.columns.get_loc(columns[0]), table.drop(columns=columns)
     whole = [values.astype(int) if np.isfinite(values).all() and task.classes else values for values in target.T]
     for i, (column, values) in enumerate(zip(task.targets, whole, strict=True)):

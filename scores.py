@@ -57,14 +57,17 @@ def rank_among(history: np.ndarray, prob: np.ndarray) -> np.ndarray:
     return (np.searchsorted(history, prob) + np.searchsorted(history, prob, side="right")) / (2 * len(history))
 
 
+def rank_columns(history: np.ndarray, prob: np.ndarray) -> np.ndarray:
+    """rank_among of every column: history (H, K), prob (N, K)."""
+    return np.column_stack([rank_among(old, new) for old, new in zip(history.T, prob.T, strict=True)])
+
+
 def rank_in_fold(prob: np.ndarray, fold: np.ndarray) -> np.ndarray:
     """Rank of every prediction (N, K) among those of its fold, since networks of different folds are calibrated
     differently."""
     ranks = np.empty(prob.shape)
     for k in np.unique(fold):
-        for column in range(prob.shape[1]):
-            part = prob[fold == k, column]
-            ranks[fold == k, column] = rank_among(part, part)
+        ranks[fold == k] = rank_columns(prob[fold == k], prob[fold == k])
     return ranks
 
 
@@ -137,11 +140,15 @@ def of_decision(name: str, **options) -> Callable:
         from sklearn import metrics
 
         decision = prob.argmax(axis=1) if prob.ndim == 2 else (prob >= 0.5).astype(int)
-        all_classes = {"labels": range(prob.shape[1])} if name == "cohen_kappa_score" else {}
         with warnings.catch_warnings(action="ignore"):  # a class that only predictions have
-            return float(getattr(metrics, name)(np.ravel(target).astype(int), decision, **options, **all_classes))
+            return float(getattr(metrics, name)(np.ravel(target).astype(int), decision, **options))
 
     return score
+
+
+def kappa(target: np.ndarray, prob: np.ndarray) -> float:
+    """Quadratic kappa of classes in order, also of those that are neither there nor predicted."""
+    return of_decision("cohen_kappa_score", weights="quadratic", labels=range(prob.shape[1]))(target, prob)
 
 
 def of_values(score: Callable) -> Callable:
@@ -189,6 +196,7 @@ class Metric:
 
         return score
 
+
 OF_LABELS = {
     "auc": Metric(mean_over_labels(auc), ranked=Ranked.auc, ranks=True),
     "ap": Metric(mean_over_labels(average_precision), ranked=Ranked.average_precision, ranks=True),
@@ -203,7 +211,7 @@ OF_CLASSES = {
         of_decision("accuracy_score"), baseline=lambda t: np.unique(t, return_counts=True)[1].max() / len(t)
     ),
     "f1": Metric(of_decision("f1_score", average="macro", zero_division=0)),
-    "kappa": Metric(of_decision("cohen_kappa_score", weights="quadratic"), ordinal=True),
+    "kappa": Metric(kappa, ordinal=True),
     "logloss": Metric(log_loss, sign=-1),
 }
 OF_QUANTITIES = {

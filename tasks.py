@@ -50,6 +50,11 @@ class Task:
         return [self.prefix] if len(self.names) == 1 else [f"{self.prefix}_{name}" for name in self.names]
 
     @property
+    def probabilistic(self) -> bool:
+        """Whether predictions are probabilities, which have ROC curves and can be calibrated."""
+        return self.prefix == PROB
+
+    @property
     def targets(self) -> list[str]:
         """Columns of the target in every table: T."""
         return [TARGET]
@@ -249,11 +254,11 @@ class MultiLabel(Task):
         if not self.separator:
             values = {"0": 0.0, "1": 1.0}
             return cells.map(lambda word: np.nan if pd.isna(word) else values.get(word, np.inf)).to_numpy(float)
-        target = np.full((len(cells), len(self.names)), np.nan)
+        target, known = np.full((len(cells), len(self.names)), np.nan), set(self.names)
         for row, cell in zip(target, cells.iloc[:, 0], strict=True):
             if not pd.isna(cell):
                 words = split_words(cell, self.separator)
-                row[:] = [name in words for name in self.names] if words <= set(self.names) else np.inf
+                row[:] = [name in words for name in self.names] if words <= known else np.inf
         return target
 
     def predicted(self, logit):
@@ -445,6 +450,13 @@ def main_score(task: Task, target: np.ndarray, prob: np.ndarray) -> float:
     """What is maximised: the task's metric, negative if less of it is better; NaN if it is undefined."""
     metric = task.metrics[task.metric]
     return metric.sign * metric.of(target, prob) if np.isfinite(prob).all() else float("nan")
+
+
+def prob_of(task: Task, logit: np.ndarray) -> np.ndarray:
+    """Predictions (N, K) of an array of logits."""
+    import torch  # which preprocess.py does not need
+
+    return task.prob(torch.from_numpy(logit)).numpy()
 
 
 def score(task: Task, target: np.ndarray, prob: np.ndarray, group: np.ndarray, only_ranks: bool = False) -> dict:

@@ -84,11 +84,10 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
     network = torch.compile(network, mode=args.compile) if args.compile else network
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     routing = make_routing(args, model, network, scaler)
-    how = args.sampler, args.batch_size, args.accumulate, args.workers
-    loader = dataset.TrainLoader(train, task.strata(data.target[train.rows]), *how, team)
+    loader = dataset.TrainLoader(train, task.strata(data.target[train.rows]), args, team)
     valid_loader = dataset.eval_loader(valid, team.rows(len(valid)), args.batch_size, args.workers)
-    about = {"trained_on": {"folds_sha256": data.folds_sha256, "fold": k}}
-    about |= {"encoder": encoder.columns, "task": task.facts()}
+    trained_on = {"folds_sha256": data.folds_sha256, "fold": k}
+    about = {"trained_on": trained_on, "encoder": encoder.columns, "task": task.facts()}
     parts = {"model": model, "average": average, "scaler": scaler}
     parts |= {"optimizer": routing.optimizer, "gate_optimizer": routing.gate_optimizer}
     last_path, best_path = run_dir / f"fold{k}_last.pt", run_dir / f"fold{k}_best.pt"
@@ -134,10 +133,11 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
         # ---- score the held-out fold
         prob = predict(scored, task, valid_loader, args, team)
         row = {FOLD: k, "epoch": epoch, "train_loss": train_loss}
-        row["valid_loss"] = loss_of_prob(task, args.loss, prob, valid.goal)
-        row |= {f"valid_{task.metric}": task.metrics[task.metric].of(data.target[valid.rows], prob)}
+        score = main_score(task, data.target[valid.rows], prob)
+        row |= {"valid_loss": loss_of_prob(task, args.loss, prob, valid.goal)}
+        row |= {f"valid_{task.metric}": task.metrics[task.metric].sign * score}
         row |= {"lr": routing.optimizer.param_groups[0]["lr"], "seconds": time.monotonic() - started}
-        improved = progress.note(row | {"images_per_second": rate}, main_score(task, data.target[valid.rows], prob))
+        improved = progress.note(row | {"images_per_second": rate}, score)
         progress.gates += [gates.flat_gates(scored)] if args.fsg else []
 
         # ---- write; a stop after this loses nothing
@@ -235,6 +235,7 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
     if "crop" in recipe.inputs and args.crop_dir is None:
         args.crop_dir = args.data_dir / "crops" / "chipnet"
     args.name, args.fsg = args.name or args.model, args.fsg or recipe.gated
+    args.tta = args.tta or dataset.AUGMENTATIONS[args.augment].views
     args.loss = args.loss or next(iter(task.losses()))
     if args.loss not in task.losses():
         raise InputError(f"--loss {args.loss} is not for {task.kind} targets; pass {', '.join(task.losses())}")
@@ -281,6 +282,7 @@ def main(args: argparse.Namespace) -> Path:
     paths = {key: str(value.resolve()) for key, value in vars(args).items() if isinstance(value, Path)}
     config = {"args": vars(args) | paths, "inputs": inputs, "crop": crop, "task": data.task.facts()}
     config |= {key: data.facts[key] for key in ("exact", "frame")}
+    config["views"] = dataset.AUGMENTATIONS[args.augment].views  # symmetries of the pictures
     opened = runs.open_run(run_dir, config | provenance(), folds, args.resume, args.overwrite) if team.leads else None
     folds = team.from_leader(opened)
     # folds side by side if every process gets as many, else all processes together on one fold after the other
@@ -313,6 +315,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data").add_argument
     data("--data_dir", **util.COMMON_FLAGS["data_dir"])
     data("--crop_dir", type=Path, help="train on these crops [cropnet, fusion: crops/chipnet in --data_dir]")
+    data("--augment", choices=tuple(dataset.AUGMENTATIONS), default="skin", help="skin: hair, any turn, mirrored, tint; "
+         "square: quarter turns, mirrored, tint; upright: slight turns, tint")
     data("--jitter", action=BooleanOptionalAction, default=True, help="move and scale boxes in training")
     data("--meta_cols", nargs="*", help="metadata columns [sex, age and site; with crops also box_side]")
     data("--limit", type=count, help="use this many images per class: a dry run")
@@ -347,7 +351,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     run = parser.add_argument_group("run").add_argument
     run("--name", help="of the run directory [the model's]")
     run("--runs_dir", **util.COMMON_FLAGS["runs_dir"])
-    run("--tta", type=int, choices=(1, 2, 4, 8), default=8, help="views to average")
+    run("--tta", type=int, choices=(1, 2, 4, 8), help="symmetries to average [8; with --augment upright 1]")
     run("--device", **util.COMMON_FLAGS["device"])
     run("--amp", **util.COMMON_FLAGS["amp"])
     run("--workers", type=util.number(int, 0), default=min(util.CPUS, 8), help="loader processes")

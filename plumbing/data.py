@@ -3,6 +3,7 @@
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -90,17 +91,17 @@ class Data:
         """Hash of the folds."""
         return self.facts["folds_sha256"]
 
-    @property
+    @cached_property
     def task(self) -> Task:
         """What the target is."""
         return task_of(self.facts["task"])
 
-    @property
+    @cached_property
     def target(self) -> np.ndarray:
         """Target of every train image (N, T)."""
         return self.train[self.task.targets].to_numpy(float)
 
-    @property
+    @cached_property
     def group(self) -> pd.Series:
         """Group of every train image, by image_name."""
         return pd.Series(groups_of(self.train, self.facts["group_col"]), index=self.train[ID])

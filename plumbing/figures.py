@@ -9,7 +9,7 @@ from plumbing.files import atomic
 from plumbing.images import frame_of
 from scores import auc, known_labels
 from tasks import Task
-from util import FOLD, PROB
+from util import FOLD
 
 
 def new_figure(**options):
@@ -30,7 +30,7 @@ def plot_predictions(run_dir: Path, task: Task, oof: pd.DataFrame) -> None:
     figure = new_figure(figsize=(5, 5))
     axes = figure.subplots()
     target, prob = oof[task.targets].to_numpy(float), oof[task.columns].to_numpy(float)
-    if task.prefix != PROB:
+    if not task.probabilistic:
         for fold in sorted(set(oof[FOLD])):
             axes.scatter(target[oof[FOLD] == fold], prob[oof[FOLD] == fold], s=6, label=f"fold {fold}")
         ends = np.nanquantile(target, [0, 1]) if np.isfinite(target).any() else (0, 1)
@@ -48,7 +48,7 @@ def plot_predictions(run_dir: Path, task: Task, oof: pd.DataFrame) -> None:
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="Held-out folds")
     axes.plot(ends, ends, color="0.7", linewidth=1)
     axes.legend(loc="lower right", fontsize=8)
-    save_figure(run_dir / ("scatter.png" if task.prefix != PROB else "roc.png"), figure)
+    save_figure(run_dir / ("roc.png" if task.probabilistic else "scatter.png"), figure)
 
 
 def draw_roc(axes, name: str, target: np.ndarray, prob: np.ndarray) -> None:

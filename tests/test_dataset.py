@@ -144,8 +144,8 @@ def test_draws_depend_on_seed_and_position_alone(data_dir):
     def loader(batch_size=4, workers=0, accumulate=1, rank=0, size=1):
         images = make(data_dir, A.Compose([A.RandomBrightnessContrast(brightness_limit=(-0.9, 0.9), p=1)]))
         images.rows[:] = 0  # equal pictures, on which every item draws a random shade
-        how = "shuffle", batch_size, accumulate, workers
-        return TrainLoader(images, images.rows, *how, Team(torch.device("cpu"), rank, size))
+        how = {"sampler": "shuffle", "batch_size": batch_size, "accumulate": accumulate, "workers": workers}
+        return TrainLoader(images, images.rows, SimpleNamespace(**how), Team(torch.device("cpu"), rank, size))
 
     def shades(loader, seed):
         parts = [part for _, batch in loader.epoch(seed) for part in batch]

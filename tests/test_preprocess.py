@@ -126,7 +126,8 @@ def test_columns_labels_and_folders_are_named_by_flags(mine, tmp_path):
         new.parent.mkdir(parents=True, exist_ok=True)
         (mine / "images" / f"{i:04d}.jpg").rename(new)
     edit(mine / "train.csv", lambda t: pd.DataFrame({
-        "file": t["target"].map(label) + "/" + t[ID] + ".jpg", "kind": t["target"].map(label), "who": t["patient_id"]}))
+        "file": t["target"].map(label) + "/" + t[ID] + ".jpg", "kind": t["target"].map(label), "who": t["patient_id"],
+        "width": 1, "height": 1, "target": 7}))  # the last three are replaced
     names = [f"{i:04d}.jpg" for i in range(4)]
     edit(mine / "test.csv", lambda t: pd.DataFrame({"file": names}))
     pd.DataFrame({"isic_id": names[::-1], "guess": 0.5}).to_csv(mine / "sample_submission.csv", index=False)
@@ -134,6 +135,7 @@ def test_columns_labels_and_folders_are_named_by_flags(mine, tmp_path):
                          *"--image_col file --target_col kind --positive malignant --group_col who".split()))
     assert data.train[ID].iloc[1] == "malignant/0001.jpg"
     assert data.train[TARGET].tolist() == [1, 1, 0, 0] * 3
+    assert data.train[["width", "height"]].min(axis=None) > 1
     assert data.facts["group_col"] == "who"
     submission = make_submission(pd.DataFrame({ID: names, PROB: [0.1, 0.2, 0.3, 0.4]}), data)
     assert submission.to_dict("list") == {"isic_id": names[::-1], "guess": [0.4, 0.3, 0.2, 0.1]}

@@ -152,6 +152,7 @@ def test_early_stopping_keeps_the_best_epoch(data_dir, tmp_path, monkeypatch):
     run = fit(data_dir, tmp_path, "--fold", 0, "--epochs", 9, "--patience", 2, "--schedule", "cosine", "--lr", 0.01)
     assert models.load_checkpoint(run / "fold0_best.pt")[1]["epoch"] == 2
     log, facts = pd.read_csv(run / "log.csv"), read_json(run / "fold0_metrics.json")
+    assert log["valid_auc"].tolist() == [0.6, 0.8, 0.7, 0.8]
     assert log["lr"].tolist() == pytest.approx([0.01 * losses.lr_factor("cosine", n, 9) for n in log["epoch"]])
     assert (facts["best_epoch"], facts["epochs"], facts["best_score"], facts["last_score"]) == (2, 4, 0.8, 0.8)
 
