@@ -74,6 +74,20 @@ def test_turn_and_tint_draws_the_whole_circle_both_ways_all_shifts_and_tints():
     assert (80 <= level.min() < 85, 115 < level.max() <= 120.001) == (True, True)
 
 
+def test_what_may_not_be_turned_stays_upright_and_quarter_turns_are_exact():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    quarter = A.Compose([TurnAndTint(tint=0, turn="quarter")])
+    found = {quarter(image=image)["image"].tobytes() for _ in range(100)}
+    assert found == {np.rot90(one, k).tobytes() for one in (image, image.transpose(1, 0, 2)) for k in range(4)}
+    slight = TurnAndTint(turn="slightly")
+    A.Compose([slight]).set_random_seed(0)
+    turns = [slight.get_params_dependent_on_data({"shape": image.shape}, {"image": image})["place"] for _ in range(200)]
+    angles = np.degrees([np.arctan2(turn[0, 1], turn[0, 0]) for turn in turns])
+    assert 9 < np.abs(angles).max() <= 10
+    assert np.allclose([np.linalg.det(turn[:, :2]) for turn in turns], 1)  # never mirrored
+    assert not [step for step in dataset.train_transform(32, name="upright") if isinstance(step, DrawHair)]
+
+
 def test_jittered_crops_stay_near_the_box_and_are_now_and_then_the_whole(tmp_path):
     wide = np.zeros((1, 140, 140, 3), np.uint8)
     wide[0, ..., 0], wide[0, ..., 1] = np.arange(140), np.arange(140)[:, None]  # x, y in pixels
