@@ -8,18 +8,27 @@ SMALL := --weights none --backbone regnet_tiny --hidden 64 --dropout 0 --loss bc
 SEED ?= 0
 DEMO := --runs_dir demo/runs --data_dir demo/data --fold all --seed $(SEED)
 
-.PHONY: demo test lint example_weights clean
+.PHONY: demo demo_chipnet demo_crop demo_cropnet demo_resnet demo_vit test lint example_weights clean
 
 demo: .venv/installed
 	rm -rf demo
 	$(RUN) preprocess.py --output_dir demo/data
-	$(RUN) train.py --model resnet $(DEMO) $(SMALL) --epochs 20
-	$(RUN) train.py --model chipnet $(DEMO) $(SMALL) --epochs 20
-	$(RUN) crop.py --run demo/runs/chipnet --data_dir demo/data --backbone regnet_tiny --weights none
-	$(RUN) train.py --model cropnet $(DEMO) $(SMALL) --epochs 12
-	$(RUN) train.py --model fsg_vit $(DEMO) $(SMALL) --backbone vit_tiny --epochs 20
+	$(MAKE) --jobs 2 demo_cropnet demo_resnet demo_vit
 	$(RUN) ensemble.py weights --runs_dir demo/runs
 	$(RUN) example_data/report.py --demo_dir demo
+
+# side by side, since networks so small gain nothing by a second thread
+demo_chipnet demo_crop demo_cropnet demo_resnet demo_vit: export OMP_NUM_THREADS := 1
+demo_chipnet:
+	$(RUN) train.py --model chipnet $(DEMO) $(SMALL) --epochs 20
+demo_crop: demo_chipnet
+	$(RUN) crop.py --run demo/runs/chipnet --data_dir demo/data --backbone regnet_tiny --weights none
+demo_cropnet: demo_crop
+	$(RUN) train.py --model cropnet $(DEMO) $(SMALL) --epochs 12
+demo_resnet:
+	$(RUN) train.py --model resnet $(DEMO) $(SMALL) --epochs 20
+demo_vit:
+	$(RUN) train.py --model fsg_vit $(DEMO) $(SMALL) --backbone vit_tiny --epochs 20
 
 test: .venv/installed-dev lint
 	$(RUN) -m pytest --numprocesses 2

@@ -18,6 +18,7 @@ import torch
 import dataset
 import models
 import util
+from plumbing.cells import make_cells
 from plumbing.data import Data, read_data
 from plumbing.distributed import pick_device
 from plumbing.files import check_hashes
@@ -58,6 +59,8 @@ def check_networks(run: Run, data: Data, device: torch.device) -> tuple[bool, st
     args.crop_dir, args.guide = args.crop_dir and Path(args.crop_dir), None
     for k in run.folds:
         model, content = models.load_checkpoint(run.checkpoint(k), device)
+        if isinstance(model, models.Scout):
+            data.cells = data.cells or make_cells(model, data, device, util.CPUS)
         images, encoder, task = dataset.make_images(data, k, args, models.MODELS[args.model])
         fitted &= encoder.columns == content["encoder"] and task.facts() == content["task"]
         valid, expected = images["valid"], oof[oof[FOLD] == k].set_index(ID)[task.columns]

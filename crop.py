@@ -8,13 +8,14 @@ Writes  --output_dir/NAME/: {train,test}_224.npy, train_wide_314.npy (for jitter
     python crop.py
     python crop.py --source saliency
     python crop.py --source attention --run runs/chipnet --rule original --num_devs 1.0
+    python crop.py --run runs/scout --box_size 192
     python crop.py --source gradcam --run runs/resnet
     python crop.py --source boxes --boxes detector.csv
 
 A training image is cropped by the map of the fold that held it out; a test image by the mean map of all folds. Sources:
-attention (a ChipNet), saliency (no labels: what differs from the background in the features of a pretrained network),
-attention*saliency (their product), gradcam (any trained run), boxes (a csv of image_name, x0, y0, x1, y1 in pixels of
-the originals, turned upright).
+attention (a ChipNet, or a scout, which looks at the originals), saliency (no labels: what differs from the background
+in the features of a pretrained network), attention*saliency (their product), gradcam (any other trained run), boxes (a
+csv of image_name, x0, y0, x1, y1 in pixels of the originals, turned upright).
 
 Every file is decoded once, for all its crops. A stopped run goes on where it was when called again.
 """
@@ -33,13 +34,14 @@ import models
 import util
 from localize import Box, Finder
 from plumbing.arrays import Filling, PartialArray, Rows, array_path, open_array
+from plumbing.cells import make_cells
 from plumbing.data import CORNERS, Data, numbers, read_data, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
 from plumbing.files import copy, finish_output, open_output, provenance, sha256, write_table
 from plumbing.guards import check_unseen, fold_weights
-from plumbing.images import ImageIndex, configure_pillow, frame_of, name_key, read_crops
-from plumbing.runs import read_run
+from plumbing.images import Frame, ImageIndex, configure_pillow, frame_of, name_key, read_crops, read_square
+from plumbing.runs import Run, read_run
 from util import FOLD, ID, PLACE, InputError
 
 MONTAGE_ROWS = 8
@@ -49,11 +51,35 @@ EDGE = 0.5  # pixels by which a given box may leave its image: detectors round
 
 
 # ---------------------------------------------------------------- where maps or boxes come from
-def find_networks(run_dir: Path, source: localize.Source, data: Data) -> dict[int, Path]:
+def is_scout(run: Run) -> bool:
+    """Whether a run looks at cells of the originals."""
+    return not run.is_blend and models.MODELS[run.config["args"]["model"]].scouts
+
+
+def fill_defaults(args: argparse.Namespace, data: Data) -> Run | None:
+    """Fill in what depends on the run, in place; returns the run that maps come from, if any. Raises InputError if
+    arguments contradict each other."""
+    source = localize.SOURCES.get(args.source)
+    run = read_run(args.run) if args.source is None or (source and source.needs) else None
+    scout = run is not None and is_scout(run)
+    args.source = args.source or ("attention" if scout else "attention*saliency")
+    args.rule = args.rule or ("peak" if scout else "component")
+    args.views = args.views or min(DEFAULT_VIEWS, run.config["views"] if run else DEFAULT_VIEWS)
+    if (args.source == "boxes") != (args.boxes is not None):
+        raise InputError("--source boxes and --boxes FILE go together; pass both or neither")
+    if args.class_name is not None and (args.class_name not in data.task.names or run is None):
+        raise InputError(f"--class is for the maps of a trained run: one of {', '.join(data.task.names)}")
+    if args.box_size is not None and args.rule != "peak":
+        raise InputError("--box_size is for --rule peak; pass both")
+    if scout and args.source != "attention":
+        raise InputError(f"--source {args.source} looks at small images, a scout at originals; pass --source attention")
+    return run
+
+
+def find_networks(run: Run, source: localize.Source, data: Data) -> dict[int, Path]:
     """Checkpoints of a run by fold. Raises InputError if they do not fit the source or saw what they should map."""
-    run = read_run(run_dir)
-    recipe = models.MODELS.get(run.config["args"].get("model"))  # a blend has none
-    if recipe is None or run.config["crop"] is not None or recipe.inputs != ("whole",):
+    run_dir, recipe = run.path, models.MODELS.get(run.config["args"].get("model"))  # a blend has none
+    if recipe is None or run.config["crop"] is not None or not (recipe.scouts or recipe.inputs == ("whole",)):
         raise InputError(f"{run_dir} does not look at whole images: it cannot say where to crop; pass one that does")
     if hasattr(recipe.network, "attention") != (source.needs == "attention"):
         raise InputError(f"{run_dir} does not fit this --source; pass a ChipNet run for attention, another for gradcam")
@@ -106,7 +132,8 @@ class Cropper:
     def __init__(self, split: str, data: Data, folder: Path, args: argparse.Namespace):
         self.split, self.folder, self.args = split, folder, args
         whole = data.tables()[split]
-        self.table, self.stored = whole[: args.limit], Rows(data.array_path(split), len(whole))
+        self.table = whole[: args.limit]
+        self.stored = data.cells.get(split) or Rows(data.array_path(split), len(whole))  # what networks look at
         self.sizes = {split: data.size}  # side of each array, in pixels
         if split == "train":
             self.sizes["train_wide"] = round(WIDE * data.size)
@@ -155,8 +182,12 @@ class Cropper:
             for rows, folds, _ in self.groups(finder):
 
                 def maps_of(chunk: np.ndarray, folds=folds) -> np.ndarray:
-                    sizes = [self.originals[row] for row in chunk]
-                    return finder.maps(self.stored[chunk], device, sizes, folds, args.amp, args.batch_size)
+                    maps = []
+                    for start in range(0, len(chunk), args.batch_size):
+                        part = chunk[start : start + args.batch_size]
+                        sizes = [self.originals[row] for row in part]
+                        maps.append(finder.maps(self.stored[part], device, sizes, folds, args.amp, args.batch_size))
+                    return np.concatenate(maps)
 
                 filling.run(rows, work, args.workers, bar, maps_of if finder is not None else None)
 
@@ -188,7 +219,7 @@ def place_in_wide(boxes: list[Box], sizes: list[tuple[int, int]]) -> np.ndarray:
                      for box, wide in zip(boxes, wides, strict=True)])  # fmt: skip
 
 
-def plot_montage(path: Path, data: Data, cropper: Cropper) -> None:
+def plot_montage(path: Path, data: Data, cropper: Cropper, frame: Frame) -> None:
     """Picture of the first training images of every class: box, attention and crop."""
     table, n = cropper.table, len(cropper.table)
     crops = open_array(cropper.arrays["train"].path, n)
@@ -198,10 +229,11 @@ def plot_montage(path: Path, data: Data, cropper: Cropper) -> None:
     rows = np.concatenate([np.flatnonzero(strata == stratum)[:some] for stratum in np.unique(strata)[::-1]])
     figure = new_figure(figsize=(7, 2.2 * len(rows)))
     for axes, row in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
-        box, (left, top, right, _) = cropper.boxes[row], frame_of(*cropper.originals[row], data.facts["frame"])
+        box, (left, top, right, _) = cropper.boxes[row], frame_of(*cropper.originals[row], frame)
         inside = Box(box.x0 - left, box.y0 - top, box.x1 - left, box.y1 - top)  # of the stored square
         attention = None if maps is None else localize.upsample(maps[row])
-        draw_row(axes, cropper.stored[row], (right - left, right - left), inside, attention, crops[row])
+        picture = read_square(cropper.paths[row], data.size, frame=frame)[0]
+        draw_row(axes, picture, (right - left, right - left), inside, attention, crops[row])
         axes[0].set_title(f"{table[ID].iloc[row]}, {data.task.describe(data.target[row])}", fontsize=8)
         axes[1].set_title(box.reason or f"confidence {box.confidence:.2f}", fontsize=8)
         axes[2].set_title(f"crop, {(right - left) / box.side:.1f}x finer", fontsize=8)
@@ -221,22 +253,21 @@ def default_name(args: argparse.Namespace, source: localize.Source | None) -> st
 
 def main(args: argparse.Namespace) -> Path:
     """Crop the train and test images; returns the directory of the crops."""
-    source = localize.SOURCES.get(args.source)
-    if (source is None) != (args.boxes is not None):
-        raise InputError("--source boxes and --boxes FILE go together; pass both or neither")
     configure_pillow()
     device, data = pick_device(args.device), read_data(args.data_dir)
+    run = fill_defaults(args, data)
+    source = localize.SOURCES.get(args.source)
     args.batch_size = args.batch_size or (16 if device.type == "cpu" else 256)
     folder = (args.output_dir or data.directory / "crops") / default_name(args, source)
-    found = find_networks(args.run, source, data) if source and source.needs else {}
-    symmetries = read_run(args.run).config["views"] if found else 8
-    args.views = args.views or min(DEFAULT_VIEWS, symmetries)
+    found = find_networks(run, source, data) if run else {}
+    if run and is_scout(run):
+        scout = models.load_checkpoint(next(iter(found.values())), device)[0]
+        data.cells = make_cells(scout, data, device, args.workers, args.image_dir)
     croppers = [Cropper(split, data, folder, args) for split in data.tables()]
-    if args.class_name is not None and (args.class_name not in data.task.names or not found):
-        raise InputError(f"--class is for the maps of a trained run: one of {', '.join(data.task.names)}")
     how = {key: getattr(args, key) for key in ("source", "rule", "views", "shifts", "amp", "class_name")}
     how["num_devs"] = args.num_devs if args.rule == "original" else None
-    how |= {"centre": args.centre if args.rule == "component" else None, "frame": data.facts["frame"]}
+    how |= {"centre": args.centre if args.rule == "component" else None, "box_size": args.box_size}
+    how["frame"] = scout.scout_size if data.cells else data.facts["frame"]
     trained = {f"fold{k}_network.pt": sha256(path) for k, path in found.items()}
     settings = how | {"folds_sha256": data.folds_sha256, "arrays": data.facts["sha256"], "limit": args.limit,
                       "backbone": args.backbone, "weights": args.weights, "trained": trained,
@@ -258,7 +289,7 @@ def main(args: argparse.Namespace) -> Path:
     for cropper in croppers:
         cropper.fill(finder, device)
     written = [path for cropper in croppers for path in cropper.finish(finder)]
-    plot_montage(folder / "montage.png", data, croppers[0])
+    plot_montage(folder / "montage.png", data, croppers[0], how["frame"])
     hashes = {path.name: sha256(path) for path in written} | networks
     finish_output(folder, "crop.json", facts | {"sha256": hashes} | provenance())
     print(f"wrote {folder}")
@@ -270,15 +301,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__, "data_dir", "amp", "device", "workers", "limit", "overwrite")
     add, count = parser.add_argument, util.COUNT
-    add("--source", choices=(*localize.SOURCES, "boxes"), default="attention*saliency", help="of maps or boxes")
-    add("--run", type=Path, default=Path("runs/chipnet"), help="of attention (a ChipNet run) and gradcam")
+    add("--source", choices=(*localize.SOURCES, "boxes"), help="of maps or boxes [attention*saliency; scout attention]")
+    add("--run", type=Path, default=Path("runs/chipnet"), help="of attention (a ChipNet or a scout) and gradcam")
     add("--class", dest="class_name", help="output that gradcam or attention looks for [as predicted]")
     add("--backbone", default="resnet50", help="of the saliency: as in train.py")
     add("--weights", default="imagenet", help="of it: imagenet, none or a file")
     add("--boxes", type=Path, help="csv of --source boxes")
     add("--image_dir", type=Path, nargs="+", help="originals [as preprocessed]")
     add("--output_dir", type=Path, help="where to write NAME/ [crops/ in data_dir]")
-    add("--rule", choices=sorted(localize.RULES), default="component", help="how a box is found in a map")
+    add("--rule", choices=sorted(localize.RULES), help="how a box is found in a map [component; of a scout peak]")
+    add("--box_size", type=count, help="--rule peak: side of boxes, in pixels of the originals [4 cells of the map]")
     add("--num_devs", type=util.number(float, -100, 100), default=1.5, help="--rule original: mean + num_devs * std")
     add("--centre", type=util.number(float, 0, 10), default=localize.CENTRE, help="--rule component: width of "
         "the prior that subjects are in the centre, in sides; 0: none")

@@ -271,10 +271,10 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
     if "test" in tables:
         rows["test"] = np.arange(len(tables["test"]))[: args.limit]
 
-    images = {}
+    images, augment = {}, train_transform(data.size, recipe.network.shift, args.augment)
     for part, chosen in rows.items():
         split, n_rows = ("test" if part == "test" else "train"), len(tables["test" if part == "test" else "train"])
-        pictures = {"whole": Stored(data.array_path(split), n_rows)}
+        pictures = {"whole": Stored(data.array_path(split), n_rows), "cells": data.cells.get(split)}
         if crop_dir is not None:
             pictures["crop"] = Stored(array_path(crop_dir, split, data.size), n_rows)
         if part == "train" and crop_dir is not None and args.jitter:
@@ -288,7 +288,7 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
             chosen,
             encoder.encode(tables[split])[chosen],
             None if part == "test" else task.goal(target[chosen]),
-            train_transform(data.size, recipe.network.shift, args.augment) if part == "train" else None,
+            augment if part == "train" and not recipe.scouts else None,
         )
     if args.guide is not None:
         grid = data.size // recipe.network.chip
@@ -299,11 +299,12 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
 # ---------------------------------------------------------------- loaders
 def draw_order(strata: np.ndarray, sampler: str, seed: int) -> np.ndarray:
     """Items of an epoch, shuffled: "shuffle" takes each once, "balanced" as many of each stratum (class). Together
-    these are twice the largest stratum: with two classes each of the larger once and as many draws from the smaller."""
+    these are twice the largest stratum, or as many as there are items if these are more: with two classes each of the
+    larger once and as many draws from the smaller."""
     rng, items = np.random.default_rng(seed), np.arange(len(strata))
     if sampler == "balanced":
         parts = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
-        share = math.ceil(2 * max(map(len, parts)) / len(parts))
+        share = math.ceil(max(2 * max(map(len, parts)), len(items)) / len(parts))
         once = [rows if len(rows) <= share else rng.choice(rows, share, replace=False) for rows in parts]
         extra = [rng.choice(rows, share - len(rows)) for rows in once]
         items = np.concatenate([*once, *extra])

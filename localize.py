@@ -17,7 +17,6 @@ References:
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,10 +29,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from models import autocast, load_checkpoint, mean_over_views
+from models import Scout, autocast, load_checkpoint, mean_over_views
+from plumbing.backbones import find_stages, run_backbone
 from plumbing.data import MetaEncoder
 from plumbing.files import check_hashes
-from plumbing.images import frame_of
+from plumbing.images import Frame, frame_of, inside
 from tasks import task_of
 from util import InputError
 
@@ -47,6 +47,7 @@ CENTRE = 0.25  # of the side: width of the prior that photographers centre the s
 PAD = 0.18  # of the blob's side, on each side: border and context are diagnostic
 MIN_SIDE = 0.2  # of the square; smaller crops only magnify JPEG noise
 FULL_SIDE = 0.85  # of the square; larger crops gain nothing over the whole
+PEAK_CELLS = 4  # side of a box around a peak, in cells of the map
 FLAT = 0.985  # normalised entropy above which a map says nothing
 WHOLE = np.asarray  # the part of a raster that lies in the image: all of it
 
@@ -97,41 +98,6 @@ def normalised(score: torch.Tensor) -> torch.Tensor:
     return score / score.sum(dim=(1, 2), keepdim=True)
 
 
-def run_backbone(network: nn.Module, names: list[str], forward: Callable) -> tuple:
-    """(what forward() returns, outputs of the named modules of network.backbone by name, the last to finish last)."""
-    outputs: dict[str, torch.Tensor] = {}
-
-    def record(name: str):
-        def hook(module, inputs, output):
-            outputs.pop(name, None)
-            outputs[name] = output
-
-        return hook
-
-    with ExitStack() as hooks:
-        for name in names:
-            hooks.enter_context(network.backbone.get_submodule(name).register_forward_hook(record(name)))
-        result = forward()
-    return result, outputs
-
-
-def find_stages(network: nn.Module, image: torch.Tensor) -> dict[int, str]:
-    """Names of the modules of network.backbone that end a stage, by their stride. Of all modules with an output (N, C,
-    S / stride, S / stride), the least nested and of those the last: the output of a stage, not of a layer inside one of
-    its blocks."""
-    names = [name for name, _ in network.backbone.named_modules() if name]
-    _, outputs = run_backbone(network, names, lambda: network.backbone(network.normalise(image[:1])))
-    found: dict[int, str] = {}
-    for name, output in outputs.items():
-        if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[-1] == output.shape[-2] > 1:
-            stride = round(image.shape[-1] / output.shape[-1])
-            if stride not in found or name.count(".") <= found[stride].count("."):
-                found[stride] = name
-    if not set(SALIENCY_STRIDES) <= found.keys():  # a transformer has one stride only
-        raise InputError("saliency and Grad-CAM need a convolutional backbone with strides 4, 8, 16, such as resnet50")
-    return found
-
-
 class Saliency:
     """What differs from the background, told by the features of a network that knows no lesion. A linear score on
     multi-scale features, their contrast to the border of the picture, and the Mahalanobis distance of the colour from
@@ -144,7 +110,7 @@ class Saliency:
     def features(self, image: torch.Tensor) -> torch.Tensor:
         """image uint8 (N, 3, S, S) -> (N, D, S / 4, S / 4); the last channel is the distance."""
         if self._stages is None:
-            found = find_stages(self.network, image)
+            found = find_stages(self.network, image, SALIENCY_STRIDES)
             self._stages = [found[stride] for stride in SALIENCY_STRIDES]
         network = self.network
         _, outputs = run_backbone(network, self._stages, lambda: network.backbone(network.normalise(image)))
@@ -240,7 +206,7 @@ class GradCam:
         """image uint8 (N, 3, S, S) -> signed class activation map of the logits (N, h, w)."""
         network, meta = self.network, self.meta.to(image.device).expand(len(image), -1)
         if self._stage is None:
-            found = find_stages(network, image)
+            found = find_stages(network, image, SALIENCY_STRIDES)
             self._stage = found[max(found)]
         logit, outputs = run_backbone(network, [self._stage, ""], lambda: network(image, meta))
         maps, pooled = outputs[self._stage], outputs[""]
@@ -346,14 +312,6 @@ def entropy(attention: np.ndarray) -> float:
     return float(-(share * np.log(share)).sum() / np.log(attention.size))
 
 
-def inside(image_size: tuple[int, int], frame: str, cells: int) -> tuple[slice, slice]:
-    """Rows and columns of a raster (cells, cells) of what the networks see that lie in the image; all but padding."""
-    left, top, right, bottom = frame_of(*image_size, frame)
-    ends = [(-top, image_size[1] - top), (-left, image_size[0] - left)]
-    ends = [np.clip(np.rint(np.array(pair) * cells / (right - left)), 0, cells).astype(int) for pair in ends]
-    return tuple(slice(min(start, end - 1), end) for start, end in ends)
-
-
 # ---------------------------------------------------------------- map -> box
 def bounding_square(mask: np.ndarray, pad: float) -> tuple[float, float, float]:
     """Smallest square around a mask, widened: centre x, centre y and side in mask pixels."""
@@ -430,13 +388,27 @@ def widen(box: Box, factor: float, image_size: tuple[int, int]) -> Box:
     return Box(x0, y0, x0 + side, y0 + side)
 
 
-RULES = {"component": component_rule, "original": original_rule}
+def peak_rule(attention: np.ndarray, part: Callable = WHOLE, side: float | None = None):
+    """The square of a given side, or of PEAK_CELLS cells, that holds most of the map, or a reason: for subjects that
+    may be small and anywhere. Of squares that hold about the same the middle one."""
+    if entropy(part(attention)) > FLAT:
+        return "flat map"
+    side = side or PEAK_CELLS * GRID / len(attention)
+    pixels = 2 * round(side / 2) + 1  # odd, so that a square has a middle
+    raster, border = part(upsample(attention)), cv2.BORDER_CONSTANT
+    held = cv2.boxFilter(raster, -1, (pixels, pixels), normalize=False, borderType=border)
+    held = cv2.GaussianBlur(held, (0, 0), side / 8, borderType=border)
+    y, x = np.unravel_index(held.argmax(), held.shape)
+    return x + 0.5, y + 0.5, side
 
 
-def excess_mass(attention: np.ndarray, box: Box, square: tuple) -> float:
-    """Share of a map inside a box, less the share of the square (x0, y0, x1, y1) it covers: 0 if the map is uniform,
-    near 1 if all of it lies in a small box."""
-    left, top, right, _ = square
+RULES = {"component": component_rule, "original": original_rule, "peak": peak_rule}
+
+
+def excess_mass(attention: np.ndarray, box: Box, frame: tuple) -> float:
+    """Share of a map inside a box, less the share of the map's frame (x0, y0, x1, y1) it covers: 0 if the map is
+    uniform, near 1 if all of it lies in a small box."""
+    left, top, right, _ = frame
     raster = upsample(attention)
     edges = (np.array(box.corners) - [left, top, left, top]) * GRID / (right - left)
     x0, y0, x1, y1 = np.clip(np.rint(edges), 0, GRID).astype(int)
@@ -450,29 +422,34 @@ def find_box(
     rule: str = "component",
     num_devs: float | None = None,
     centre: float | None = None,
-    frame: str = "square",
+    frame: Frame = "square",
+    box_size: float | None = None,
 ) -> Box:
     """Square to cut from an original of image_size (width, height) px, by its attention (h, w). If the rule finds
     nothing the box is all that the network saw, with the reason. A box that would leave the image is shifted, never
     clipped: "original" stays in the centre square, the others may use all of the picture. num_devs: of the rule
-    "original"; centre: of "component"; frame: of the picture, as in frame_of, whose padding is not looked at."""
-    square = left, top, right, _ = frame_of(*image_size, frame)
+    "original"; centre: of "component"; box_size: of "peak", in pixels; frame: of the picture, as in frame_of, whose
+    padding is not looked at."""
+    left, top, right, bottom = frame_of(*image_size, frame)
+    square = frame_of(*image_size, "square" if frame == "square" else "whole")
 
     def part(raster: np.ndarray) -> np.ndarray:
         return raster[inside(image_size, frame, len(raster))]
 
-    options = {key: value for key, value in (("num_devs", num_devs), ("centre", centre)) if value is not None}
+    scale = (right - left) / GRID
+    options = {"num_devs": num_devs, "centre": centre, "side": box_size and box_size / scale}
+    options = {key: value for key, value in options.items() if value is not None}
     seen = part(attention)
     finite = np.isfinite(seen).all() and seen.sum() > 0
     found = RULES[rule](attention, part, **options) if finite else "map is not finite"
     if isinstance(found, str):
         return Box(*square, found)
-    scale, (rows, columns) = (right - left) / GRID, inside(image_size, frame, GRID)
+    rows, columns = inside(image_size, frame, GRID)
     x, y = left + (columns.start + found[0]) * scale, top + (rows.start + found[1]) * scale
-    side = min(found[2] * scale, right - left)
+    side = min(found[2] * scale, square[2] - square[0])
     x0, y0 = fit_in(x, y, side, square if rule == "original" else (0, 0, *image_size))
     box = Box(x0, y0, x0 + side, y0 + side)
-    return replace(box, confidence=excess_mass(attention, box, square))
+    return replace(box, confidence=excess_mass(attention, box, (left, top, right, bottom)))
 
 
 # ---------------------------------------------------------------- maps and boxes of a crop directory
@@ -485,7 +462,9 @@ class Finder:
     num_devs: float | None = None
     centre: float | None = None
     views: int = 4
-    frame: str = "square"
+    frame: Frame = "square"
+    box_size: float | None = None
+    scout: Scout | None = None  # if what it looks at are cells: the network that makes them
 
     @classmethod
     def load(cls, folder: Path, facts: dict, device: torch.device) -> "Finder":
@@ -506,12 +485,12 @@ class Finder:
                 if facts["class_name"] or not fold:  # the attention of a ChipNet is one for all outputs
                     evidence = partial(task_of(content["task"]).evidence, name=facts["class_name"])
             sources[k] = SOURCES[facts["source"]].make(network, saliencies.get(k), meta, evidence)
-        how = {key: facts[key] for key in ("rule", "num_devs", "centre", "views", "frame")}
-        return cls(sources, **how)
+        how = {key: facts[key] for key in ("rule", "num_devs", "centre", "views", "frame", "box_size")}
+        return cls(sources, **how, scout=network if isinstance(network, Scout) else None)
 
     def maps(self, array: np.ndarray, device, sizes=(), folds=None, amp: str = "off", batch_size: int = 16):
-        """Maps (N, h, w) of images (N, S, S, 3) uint8: the mean over the sources of some folds, or of all; 0 on the
-        padding. sizes: (width, height) of the originals, if the frame is "whole"."""
+        """Maps (N, h, w) of images (N, S, S, 3) uint8, or of cells (N, G, G, C): the mean over the sources of some
+        folds, or of all; 0 on the padding. sizes: (width, height) of the originals, unless the frame is "square"."""
         sources = [self.sources[k] for k in folds or self.sources]
         with autocast(torch.device(device), amp):
             maps = attention_maps(sources, array, device, self.views, batch_size)
@@ -526,7 +505,9 @@ class Finder:
 
     def box(self, attention: np.ndarray, image_size: tuple[int, int]) -> Box:
         """Box of an image of image_size (width, height) by its map (h, w)."""
-        return find_box(attention, image_size, self.rule, self.num_devs, self.centre, self.frame)
+        return find_box(
+            attention, image_size, self.rule, self.num_devs, self.centre, self.frame, self.box_size
+        )
 
 
 def blank_meta(content: dict) -> np.ndarray:

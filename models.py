@@ -7,8 +7,10 @@ rebuilt from the spec in its checkpoint. A new network is a class and a row of M
 References:
     C. Careaga, attention_guided_cropping (2020): MetaResNet and ChipNet, their learning rates.
     Guan et al., Diagnose like a Radiologist (AG-CNN), 2018: the fusion of whole image and crop.
+    Ilse, Tomczak, Welling, Attention-based Deep Multiple Instance Learning, ICML 2018: the scout's pooling.
 """
 
+import hashlib
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -20,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fsg
-from plumbing.backbones import load_backbone, make_backbone, read_torch_file
+from plumbing.backbones import find_stages, load_backbone, make_backbone, read_torch_file, run_backbone
 from plumbing.files import FORMAT, atomic
 from plumbing.speedups import fold_batchnorms, skip_padding
 from tasks import Task
@@ -42,6 +44,8 @@ class Spec:
     dropout: float = 0.0
     outputs: int = 1  # K
     gates: str | None = None  # "identity", "paper" or "hard": Feature-Selection Gates in the backbone
+    scout_size: int = 1280  # of a scout: long side of what it sees, in pixels
+    strides: tuple[int, ...] = (16, 32)  # of the feature maps that it reads
 
 
 # ---------------------------------------------------------------- networks
@@ -50,6 +54,7 @@ class Network(nn.Module):
 
     uses_meta = True
     shift = 0  # pixels by which training moves its images
+    foldable = True  # whether batch norms may be multiplied into convolutions for prediction
 
     def __init__(self, spec: Spec, weights: str, input_size: int | None = None):
         super().__init__()
@@ -218,6 +223,90 @@ class ChipNet(Network):
         return (logit, attention) if with_attention else logit
 
 
+class Scout(ChipNet):
+    """ChipNet's attention over a picture at nearly its own resolution. A frozen backbone runs over the whole picture
+    once (plumbing/cells.py keeps what it finds), its feature maps are brought to the coarsest of their strides and
+    joined, and gated attention pools the cells. The backbone of --weights none is the same in every fold."""
+
+    shift = 0
+    foldable = False  # feature maps are read by the names of modules
+
+    def __init__(self, spec: Spec, weights: str = "none"):
+        self.cell, self.scout_size = max(spec.strides), spec.scout_size
+        if spec.scout_size % self.cell:
+            raise InputError(f"--scout_size {spec.scout_size} is no multiple of {self.cell}; pass one")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            Network.__init__(self, spec, weights)
+        self.backbone.requires_grad_(False).eval()
+        stages = find_stages(self, torch.zeros(1, 3, 8 * CHIP, 8 * CHIP), spec.strides)
+        self.stages = {stride: stages[stride] for stride in sorted(spec.strides)}
+        with torch.no_grad():
+            self.channels = self.cells(torch.zeros(1, 3, self.cell, self.cell)).shape[-1]
+        self.standard = nn.BatchNorm1d(self.channels, affine=False, momentum=None)
+        self.narrow = nn.Linear(self.channels, spec.hidden)
+        self.trunk = nn.Sequential(nn.LayerNorm(spec.hidden), nn.GELU())
+        self.drop = nn.Dropout(spec.dropout)
+        self.look, self.gate = nn.Linear(spec.hidden, spec.hidden), nn.Linear(spec.hidden, spec.hidden)
+        self.scorer = nn.Linear(spec.hidden, 1)
+        self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.hidden, spec.outputs))
+
+    def train(self, mode: bool = True) -> "Scout":
+        """Train the head; the backbone stays as it is."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def param_groups(self, lr: float, head_lr: float, layer_decay: float | None = None) -> list[dict]:
+        """All parameters but the backbone's."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": head_lr}]
+
+    def fingerprint(self) -> str:
+        """Hash of all that cells depend on but the picture."""
+        digest = hashlib.sha256(repr((self.scout_size, self.stages)).encode())
+        for name, value in self.backbone.state_dict().items():
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def cells(self, image: torch.Tensor) -> torch.Tensor:
+        """Pictures uint8 (N, 3, h * cell, w * cell) -> features of cells (N, h, w, C): of a finer map the mean and
+        the maximum in every cell."""
+        names = list(self.stages.values())
+        _, outputs = run_backbone(self, names, lambda: self.backbone(self.normalise(image)))
+        parts = []
+        for stride, name in self.stages.items():
+            fine = self.cell // stride
+            pools = (F.avg_pool2d, F.max_pool2d) if fine > 1 else (lambda x, _: x,)
+            parts += [pool(outputs[name], fine) for pool in pools]
+        return torch.cat(parts, dim=1).permute(0, 2, 3, 1)
+
+    def embed(self, image: torch.Tensor) -> torch.Tensor:
+        """Cells (N, C, h, w), NaN where there is none -> embeddings (N, D, h, w), 0 there."""
+        cells = image.permute(0, 2, 3, 1)
+        known = ~cells[..., 0].isnan()
+        x = cells[known].float()
+        if self.training:
+            self.standard(x[::8])  # mean and spread over all batches so far; a part of the cells tells them
+        # channels differ a hundredfold, and unless they are standardised nothing is learned; here inside the product
+        weight = self.narrow.weight * (self.standard.running_var + self.standard.eps).rsqrt()
+        found = self.trunk(F.linear(x, weight, self.narrow.bias - weight @ self.standard.running_mean))
+        embedding = found.new_zeros(*known.shape, found.shape[-1])
+        embedding[known] = found
+        return embedding.permute(0, 3, 1, 2)
+
+    def weigh(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, D, h, w) -> attention (N, h, w), sums to 1; none where all of an embedding is 0. Ilse et al.
+        2018, equation 9."""
+        embedding = embedding.permute(0, 2, 3, 1)
+        x, nothing = self.drop(embedding), (embedding == 0).all(dim=-1)
+        score = self.scorer(self.look(x).tanh() * self.gate(x).sigmoid()).squeeze(-1).float()
+        return spatial_softmax(score.masked_fill(nothing, -math.inf))
+
+    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
+        """Cells (N, C, h, w) -> attention (N, h, w). Views are all alike, since cells are pooled wherever they lie."""
+        return self.weigh(self.embed(image))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a name of --model is built and, unless flags say otherwise, trained."""
@@ -227,8 +316,16 @@ class Recipe:
     lr: float = 1e-5  # of the backbone
     head_lr: float = 5e-5  # of everything else
     hidden: int = 256  # width of the metadata branch or of the attention
+    dropout: float = 0.7
+    batch_size: int = 64
+    patience: int = 3
     gated: bool = False
-    inputs: tuple[str, ...] = ("whole",)  # pictures it sees: the whole image, the crop of crop.py
+    inputs: tuple[str, ...] = ("whole",)  # what it sees: the whole image, the crop of crop.py, cells of the original
+
+    @property
+    def scouts(self) -> bool:
+        """Whether it looks at cells of the originals instead of small images."""
+        return self.inputs == ("cells",)
 
 
 MODELS = {
@@ -236,6 +333,9 @@ MODELS = {
     "chipnet": Recipe(ChipNet, lr=5e-5, head_lr=1e-4, hidden=512),
     "cropnet": Recipe(MetaResNet, inputs=("crop",)),
     "fusion": Recipe(MetaResNet, inputs=("whole", "crop")),
+    "scout": Recipe(
+        Scout, head_lr=1e-3, hidden=128, dropout=0.2, batch_size=16, patience=8, inputs=("cells",)
+    ),  # for its first epochs it finds nothing
     "fsg_vit": Recipe(MetaResNet, backbone="vit_b_16", gated=True),
 }
 
@@ -283,7 +383,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu", fold: bool =
     except Exception as error:  # whatever a foreign spec or state leads to
         raise InputError(f"{path} is no checkpoint of this version ({str(error)[:200]!r}); train it again") from None
     model.eval()
-    if fold:
+    if fold and model.foldable:
         model.backbone = fold_batchnorms(fsg.fold_gates(model.backbone))
     return model.to(device), content
 

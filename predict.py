@@ -30,12 +30,14 @@ import util
 from blends import BLENDS, average_of
 from calibration import calibrated
 from localize import Box, Finder, upsample
+from plumbing.cells import check_shape, on_square, read_cells
 from plumbing.data import CORNERS, MetaEncoder, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
 from plumbing.files import finish_output, open_output, provenance, sha256, write_table
 from plumbing.images import (
     SUFFIXES,
+    Frame,
     ImageIndex,
     configure_pillow,
     name_key,
@@ -54,11 +56,12 @@ THUMBNAIL = 448  # longest side, in pixels, of the picture an image is drawn fro
 
 @dataclass
 class Look:
-    """Where a run looked: maps (N, h, w), boxes and crops (N, S, S, 3)."""
+    """Where a run looked: maps (N, h, w) of a frame, boxes and crops (N, S, S, 3)."""
 
     maps: np.ndarray
     boxes: list[Box]
     crops: np.ndarray
+    frame: Frame
 
 
 @dataclass
@@ -70,6 +73,19 @@ class Images:
     squares: np.ndarray  # uint8 (N, S, S, 3)
     sizes: list[tuple[int, int]]  # of the originals, (width, height)
     looks: dict[str, Look] = field(default_factory=dict)  # by what found them: members of a blend may share one
+    cells: dict[str, np.ndarray] = field(default_factory=dict)  # by the scout that made them: float16 (N, G, G, C)
+
+    def seen_by(self, scout: models.Scout | None, device: torch.device) -> np.ndarray:
+        """What networks look at: the squares, or for a scout the cells of the originals, made once."""
+        if scout is None:
+            return self.squares
+        key = scout.fingerprint()
+        if key not in self.cells:
+            for path, size in zip(self.paths, self.sizes, strict=True):
+                check_shape(scout, path, size)
+            pairs = zip(self.paths, self.sizes, strict=True)
+            self.cells[key] = np.stack([on_square(scout, read_cells(scout, *pair, device), pair[1]) for pair in pairs])
+        return self.cells[key]
 
 
 # ---------------------------------------------------------------- runs and blends
@@ -85,11 +101,14 @@ class Single:
             self.encoders[k], self.size = MetaEncoder(content["encoder"]), content["spec"]["image_size"]
         self.inputs, self.crop = models.MODELS[run.config["args"]["model"]].inputs, run.config["crop"]
         self.exact, self.frame = run.config["exact"], run.config["frame"]
+        network = next(iter(self.networks.values()))
+        self.scout = network if isinstance(network, models.Scout) else None
         self.finder, self.key = None, str(run.path.resolve())
         if self.crop is not None:
             self.finder, self.key = Finder.load(run.path / FINDER, self.crop, device), str(self.crop["sha256"])
-        elif hasattr(next(iter(self.networks.values())), "attention"):
-            self.finder = Finder(self.networks, frame=self.frame)  # boxes as crop.py finds them by default
+        elif hasattr(network, "attention"):  # boxes as crop.py finds them by default
+            frame, rule = (network.scout_size, "peak") if self.scout else (self.frame, "component")
+            self.finder = Finder(self.networks, rule, frame=frame, scout=self.scout)
             for network in self.networks.values():
                 network.shifts = 2
 
@@ -97,17 +116,18 @@ class Single:
         """Where this run looks, found once per set of images; None if it does not look anywhere in particular."""
         if self.finder is not None and self.key not in images.looks:
             amp = self.amp if self.crop is None else self.crop["amp"]
-            maps = self.finder.maps(images.squares, self.device, images.sizes, amp=amp, batch_size=BATCH)
+            seen = images.seen_by(self.finder.scout, self.device)
+            maps = self.finder.maps(seen, self.device, images.sizes, amp=amp, batch_size=BATCH)
             boxes = [self.finder.box(*pair) for pair in zip(maps, images.sizes, strict=True)]
             with ThreadPoolExecutor(util.CPUS) as pool:
                 corners = [[box.corners] for box in boxes]
                 crops = list(pool.map(read_crops, images.paths, corners, [[self.size]] * len(boxes), images.sizes))
-            images.looks[self.key] = Look(maps, boxes, np.concatenate(crops))
+            images.looks[self.key] = Look(maps, boxes, np.concatenate(crops), self.finder.frame)
         return images.looks.get(self.key)
 
     def predict(self, images: Images, found: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
         """Predictions (N, K) by fold; their mean goes into `found` under the run's name."""
-        array, table = images.squares, images.table
+        array, table = images.seen_by(self.scout, self.device), images.table
         if self.crop is not None:
             look = self.look(images)
             table = table.assign(**{BOX_SIDE: [box.side for box in look.boxes] / np.min(images.sizes, axis=1)})
@@ -221,17 +241,17 @@ def read_chunks(paths: dict[str, Path], table: pd.DataFrame, predictor, on_error
             yield Images(table.iloc[rows], [files[row] for row in rows], np.stack(squares), list(sizes))
 
 
-def draw(path: Path, images: Images, row: int, look: Look | None, frame: str, words: str) -> None:
+def draw(path: Path, images: Images, row: int, look: Look | None, words: str) -> None:
     """Save the picture of one image; words: the prediction."""
     image = read_image(images.paths[row], THUMBNAIL)[0]
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     figure = new_figure(figsize=(9, 3.2))
     axes, parts = figure.subplots(1, 3), (None, None, None)
     if look is not None:
-        parts = look.boxes[row], upsample(look.maps[row]), look.crops[row]
+        parts = look.boxes[row], upsample(look.maps[row]), look.crops[row], look.frame
         axes[1].set_title(look.boxes[row].reason or "attention", fontsize=9)
         axes[2].set_title("crop", fontsize=9)
-    draw_row(axes, np.asarray(image), images.sizes[row], *parts, frame)
+    draw_row(axes, np.asarray(image), images.sizes[row], *parts)
     axes[0].set_title(f"{images.table[ID].iloc[row]}: {words}", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(path, figure)
@@ -269,7 +289,7 @@ def main(args: argparse.Namespace) -> Path:
                 rows[[*CORNERS, "confidence", "fallback"]] = [(*b.corners, b.confidence, b.reason) for b in look.boxes]
             if args.pictures:
                 for row, name in enumerate(rows[ID]):
-                    draw(output / f"{name}.png", images, row, look, predictor.frame, run.task.show(prob[row]))
+                    draw(output / f"{name}.png", images, row, look, run.task.show(prob[row]))
                     written.append(f"{name}.png")
             tables.append(rows)
             bar.update(len(rows))

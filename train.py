@@ -36,6 +36,7 @@ import util
 from losses import average_of, epoch_seed, guide_loss, loss_of, loss_of_prob, lr_factor, mix_and_smooth
 from plumbing import gates, runs
 from plumbing.backbones import read_torch_file
+from plumbing.cells import make_cells
 from plumbing.data import Data, read_data
 from plumbing.distributed import Team
 from plumbing.files import atomic, provenance, write_table
@@ -229,13 +230,19 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
     """A copy of the arguments in which what depends on model and task is filled in; InputError if they contradict."""
     recipe = models.MODELS[args.model]
     args = argparse.Namespace(**vars(args))
-    for key in ("backbone", "lr", "head_lr", "hidden"):
+    for key in ("backbone", "lr", "head_lr", "hidden", "dropout", "batch_size", "patience"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(recipe, key))
     if "crop" in recipe.inputs and args.crop_dir is None:
         args.crop_dir = args.data_dir / "crops" / "chipnet"
     args.name, args.fsg = args.name or args.model, args.fsg or recipe.gated
-    args.tta = args.tta or dataset.AUGMENTATIONS[args.augment].views
+    if recipe.scouts:
+        given = [key for key in ("mixup", "fsg", "guide", "crop_dir", "layer_decay") if getattr(args, key)]
+        given += ["tta"] if (args.tta or 1) > 1 else []
+        given += ["weights RUN"] if Path(args.weights).is_dir() else []  # another backbone in every fold
+        if given:
+            raise InputError(f"--{given[0]} changes pictures or backbone, which a scout has seen before; leave it out")
+    args.tta = args.tta or (1 if recipe.scouts else dataset.AUGMENTATIONS[args.augment].views)
     args.loss = args.loss or next(iter(task.losses()))
     if args.loss not in task.losses():
         raise InputError(f"--loss {args.loss} is not for {task.kind} targets; pass {', '.join(task.losses())}")
@@ -264,6 +271,7 @@ def make_spec(args: argparse.Namespace, data: Data, meta_dim: int = 0) -> models
     """What models.build_model needs to rebuild the network."""
     sizes = {"image_size": data.size, "meta_dim": meta_dim, "outputs": len(data.task.names)}
     parts = {"hidden": args.hidden, "dropout": args.dropout, "gates": args.gate_init}
+    parts |= {"scout_size": args.scout_size, "strides": tuple(args.stride)}
     return models.Spec(args.model, args.backbone, **sizes, **parts)
 
 
@@ -278,13 +286,17 @@ def main(args: argparse.Namespace) -> Path:
     run_dir = args.runs_dir / args.name
     folds = parse_folds(args.fold, data.facts["n_folds"])
     inputs, crop = check_inputs(args, data, folds, models.MODELS[args.model].network.uses_meta)
-    models.build_model(make_spec(args, data), fold_weights(args.weights, data, folds[0]))  # fails before it writes
+    network = models.build_model(make_spec(args, data), fold_weights(args.weights, data, folds[0]))  # fails early
     paths = {key: str(value.resolve()) for key, value in vars(args).items() if isinstance(value, Path)}
     config = {"args": vars(args) | paths, "inputs": inputs, "crop": crop, "task": data.task.facts()}
     config |= {key: data.facts[key] for key in ("exact", "frame")}
     config["views"] = dataset.AUGMENTATIONS[args.augment].views  # symmetries of the pictures
     opened = runs.open_run(run_dir, config | provenance(), folds, args.resume, args.overwrite) if team.leads else None
     folds = team.from_leader(opened)
+    if models.MODELS[args.model].scouts:
+        data.cells = make_cells(network.to(team.device), data, team.device, util.CPUS) if team.leads else {}
+        team.wait()
+        data.cells = data.cells or make_cells(network, data, team.device, util.CPUS)
     # folds side by side if every process gets as many, else all processes together on one fold after the other
     together = Team(team.device) if len(folds) % team.size == 0 else team
     if together.size == 1:
@@ -310,26 +322,28 @@ def get_args_parser() -> argparse.ArgumentParser:
     model("--model", choices=sorted(models.MODELS), required=True, help="what to fit")
     model("--backbone", help="torchvision name, timm:NAME, regnet_tiny, vit_tiny [resnet50; vit_b_16 for fsg_vit]")
     model("--weights", default="imagenet", help="imagenet, none, a file, or a run: its network of the fold")
-    model("--hidden", type=count, help="width of the metadata branch or attention [256; chipnet 512]")
-    model("--dropout", type=share, default=0.7, help="before the head, 0 to 1")
+    model("--hidden", type=count, help="width of the metadata branch or attention [256; chipnet 512, scout 128]")
+    model("--dropout", type=share, help="before the head, 0 to 1 [0.7; scout 0.2]")
     data = parser.add_argument_group("data").add_argument
     data("--data_dir", **util.COMMON_FLAGS["data_dir"])
     data("--crop_dir", type=Path, help="train on these crops [cropnet, fusion: crops/chipnet in --data_dir]")
-    data("--augment", choices=tuple(dataset.AUGMENTATIONS), default="skin", help="skin: hair, any turn, mirrored, tint; "
-         "square: quarter turns, mirrored, tint; upright: slight turns, tint")
+    data("--augment", choices=tuple(dataset.AUGMENTATIONS), default="skin",
+         help="skin: hair, any turn, mirrored, tint; square: quarter turns, mirrored, tint; upright: few degrees, tint")
     data("--jitter", action=BooleanOptionalAction, default=True, help="move and scale boxes in training")
     data("--meta_cols", nargs="*", help="metadata columns [sex, age and site; with crops also box_side]")
+    data("--scout_size", type=count, default=1280, help="of a scout: longest side of what it sees, in pixels")
+    data("--stride", type=int, nargs="+", choices=(8, 16, 32), default=[16, 32], help="of a scout: of its feature maps")
     data("--limit", type=count, help="use this many images per class: a dry run")
     fit = parser.add_argument_group("optimisation").add_argument
     fit("--fold", nargs="+", default=["all"], help="held-out folds from 0, or all")
     fit("--epochs", type=count, default=20, help="at most")
-    fit("--patience", type=count, default=3, help="epochs without a better main score")
-    fit("--batch_size", type=count, default=64, help="images per step")
+    fit("--patience", type=count, help="epochs without a better main score [3; scout 8]")
+    fit("--batch_size", type=count, help="images per step [64; scout 16]")
     losses = dict.fromkeys(loss for kind in KINDS.values() for loss in kind.losses())
     fit("--loss", choices=tuple(losses), help="focal has gamma 2 [focal; of a quantity smooth_l1]")
     fit("--sampler", choices=("balanced", "shuffle"), default="balanced", help="balanced: all classes equally often")
     fit("--lr", type=positive, help="of the backbone [1e-5; chipnet 5e-5]")
-    fit("--head_lr", type=positive, help="of the rest [5e-5; chipnet 1e-4]")
+    fit("--head_lr", type=positive, help="of the rest [5e-5; chipnet 1e-4, scout 1e-3]")
     fit("--schedule", choices=("exponential", "cosine"), default="exponential", help="x .95 per epoch; or with warm-up")
     fit("--seed", type=util.number(int, 0), default=0, help="of weights and augmentation")
     fit("--guide", type=Path, help="crops of crop.py --source saliency whose maps the attention should resemble")

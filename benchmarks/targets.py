@@ -110,7 +110,8 @@ ROWS = {
                         ["platelets", "platelets_2", "red_10", "red_14"],
                         "--frame whole --size 160", "--augment square --epochs 15 --sampler shuffle"),
     "digits": Row("digit", "mnist", digits, ["digit"], "--size 64", "--augment upright --epochs 4 --sampler shuffle"),
-    "melanoma": Row("melanoma", "isic2018", skin, ["target"], "--size 128", "--epochs 3 --sampler shuffle --tta 4"),
+    "melanoma": Row("melanoma", "isic2018", skin, ["target"], "--size 128",
+                    "--augment square --epochs 3 --sampler shuffle --tta 4"),
 }  # fmt: skip
 
 

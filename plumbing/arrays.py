@@ -79,16 +79,17 @@ class PartialArray:
             need = math.prod(shape) * np.dtype(dtype).itemsize / 1e9
             raise InputError(f"{path} needs {need:.2f} GB ({error}); make room or pass another path") from None
         self._offset, self._dtype, self._file = self.view().offset, dtype, open(self.part, "r+b", buffering=0)
+        self._row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
 
     def view(self) -> np.ndarray:
         """The rows so far, as a memory map."""
         return np.load(self.part, mmap_mode="r", allow_pickle=False)
 
     def write(self, row: int, values: np.ndarray) -> None:
-        """Write a row; several threads may write different rows."""
+        """Write a row, or several from that one on; several threads may write different rows."""
         values = np.ascontiguousarray(values, self._dtype)
         with self._lock:
-            self._file.seek(self._offset + int(row) * values.nbytes)
+            self._file.seek(self._offset + int(row) * self._row_bytes)
             self._file.write(values.data)
 
     def sync(self) -> None:

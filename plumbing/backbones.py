@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -97,3 +98,40 @@ def load_backbone(network: nn.Module, head: str, state: dict, path: Path) -> Non
     if wrong:
         raise InputError(f"{path} does not fit the backbone: {len(wrong)} keys, first {wrong[0]!r}; pass another")
     network.load_state_dict(body, strict=False)
+
+
+# ---------------------------------------------------------------- what a backbone makes on its way
+def run_backbone(network: nn.Module, names: list[str], forward: Callable) -> tuple:
+    """(what forward() returns, outputs of the named modules of network.backbone by name, the last to finish last)."""
+    outputs: dict[str, torch.Tensor] = {}
+
+    def record(name: str):
+        def hook(module, inputs, output):
+            outputs.pop(name, None)
+            outputs[name] = output
+
+        return hook
+
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(network.backbone.get_submodule(name).register_forward_hook(record(name)))
+        result = forward()
+    return result, outputs
+
+
+def find_stages(network: nn.Module, image: torch.Tensor, needed: tuple[int, ...]) -> dict[int, str]:
+    """Names of the modules of network.backbone that end a stage, by their stride. Of all modules with an output (N, C,
+    S / stride, S / stride), the least nested and of those the last: the output of a stage, not of a layer inside one of
+    its blocks. Raises InputError if one of the strides needed is missing."""
+    names = [name for name, _ in network.backbone.named_modules() if name]
+    _, outputs = run_backbone(network, names, lambda: network.backbone(network.normalise(image[:1])))
+    found: dict[int, str] = {}
+    for name, output in outputs.items():
+        if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[-1] == output.shape[-2] > 1:
+            stride = round(image.shape[-1] / output.shape[-1])
+            if stride not in found or name.count(".") <= found[stride].count("."):
+                found[stride] = name
+    if not set(needed) <= found.keys():  # a transformer has one stride only
+        words = ", ".join(map(str, needed))
+        raise InputError(f"maps need a convolutional backbone with strides {words}, such as resnet50; pass another")
+    return found

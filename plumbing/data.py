@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -80,6 +80,7 @@ class Data:
     test: pd.DataFrame | None
     submission: pd.DataFrame | None  # sample_submission.csv, of which the first column names the images
     facts: dict  # preprocess.json
+    cells: dict = field(default_factory=dict)  # of the originals, by split, for a scout (plumbing/cells.py)
 
     @property
     def size(self) -> int:

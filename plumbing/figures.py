@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from plumbing.files import atomic
-from plumbing.images import frame_of
+from plumbing.images import Frame, frame_of
 from scores import auc, known_labels
 from tasks import Task
 from util import FOLD
@@ -72,7 +72,7 @@ def plot_curves(path: Path, log: pd.DataFrame, metric: str) -> None:
     save_figure(path, figure)
 
 
-def draw_row(axes, image: np.ndarray, size: tuple[int, int], box, attention, crop, frame: str = "square") -> None:
+def draw_row(axes, image: np.ndarray, size: tuple[int, int], box, attention, crop, frame: Frame = "square") -> None:
     """Draw one image on three axes: with its box, its attention, and the crop. image: a picture (H, W, 3) of an
     original of `size` (width, height); attention (h, w) covers what frame_of says; box (localize.Box), attention and
     crop may be None."""
@@ -85,7 +85,7 @@ def draw_row(axes, image: np.ndarray, size: tuple[int, int], box, attention, cro
         x0, y0, x1, y1 = (edge * width / size[0] for edge in box.corners)
         axes[0].plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="lime", linewidth=1.5, clip_on=False)
     if attention is not None:
-        left, top, right, bottom = frame_of(width, height, frame)
+        left, top, right, bottom = (edge * width / size[0] for edge in frame_of(*size, frame))
         extent = (left, right, bottom, top)
         axes[1].imshow(attention, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
     for axis in axes[:2]:  # neither box nor map may widen the frame

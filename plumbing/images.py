@@ -14,6 +14,7 @@ DICOM = ".dcm"
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")  # what Pillow may take a file for; for some others it starts programs
 MAX_PIXELS = 250_000_000  # Pillow refuses twice as many: a mammogram has 30 million, a scanned film 200
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+Frame = str | int  # what networks see of an image, see frame_of
 
 
 def configure_pillow() -> None:
@@ -160,15 +161,24 @@ def cut(image: Image.Image, box: tuple, size: int, original_size: tuple[int, int
     return cv2.copyMakeBorder(pixels, before[1], after[1], before[0], after[0], cv2.BORDER_REFLECT_101)
 
 
-def frame_of(width: int, height: int, frame: str = "square") -> tuple[float, float, float, float]:
+def frame_of(width: int, height: int, frame: Frame = "square") -> tuple[float, float, float, float]:
     """What the networks see of an image, as (x0, y0, x1, y1): its largest centred square, or if frame is "whole" the
-    smallest centred square that holds it, which leaves the image on two sides."""
-    side = min(width, height) if frame == "square" else max(width, height)
+    smallest centred square that holds it, which leaves the image on two sides. A number is "whole" with a side of at
+    least so many pixels."""
+    side = min(width, height) if frame == "square" else max(width, height, 0 if frame == "whole" else frame)
     x0, y0 = (width - side) / 2, (height - side) / 2
     return x0, y0, x0 + side, y0 + side
 
 
-def read_square(path: Path, size: int, exact=False, frame: str = "square") -> tuple[np.ndarray, tuple[int, int]]:
+def inside(image_size: tuple[int, int], frame: Frame, cells: int) -> tuple[slice, slice]:
+    """Rows and columns of a raster (cells, cells) of what the networks see that lie in the image; all but padding."""
+    left, top, right, bottom = frame_of(*image_size, frame)
+    ends = [(-top, image_size[1] - top), (-left, image_size[0] - left)]
+    ends = [np.clip(np.rint(np.array(pair) * cells / (right - left)), 0, cells).astype(int) for pair in ends]
+    return tuple(slice(min(start, end - 1), end) for start, end in ends)
+
+
+def read_square(path: Path, size: int, exact=False, frame: Frame = "square") -> tuple[np.ndarray, tuple[int, int]]:
     """What the networks see of a file (frame_of) as uint8 (size, size, 3), and the original's (width, height). Unless
     `exact`, a JPEG is decoded at a scale that keeps twice the pixels needed."""
     image, original_size = read_image(path, None if exact else 2 * size)

@@ -131,6 +131,9 @@ def test_order_of_an_epoch():
     target = np.array([0] * 10 + [1] * 3)
     counts = np.bincount(draw_order(target, "balanced", seed=0), minlength=13)
     assert (counts[:10].tolist(), counts[10:].sum(), counts.min()) == ([1] * 10, 10, 1)
+    classes = np.repeat(np.arange(5), [20, 18, 16, 16, 16])  # as many draws as images, although 40 would balance them
+    drawn = classes[draw_order(classes, "balanced", seed=0)]
+    assert np.bincount(drawn).tolist() == [18] * 5
     one, same, other = (draw_order(target, "shuffle", seed).tolist() for seed in (0, 0, 1))
     assert one == same != other
     assert one != sorted(one) == sorted(other) == list(range(13))

@@ -14,6 +14,7 @@ import torch
 import localize
 from localize import ClassAttention, Finder, GradCam, Product, Saliency, attention_maps, find_box, fit_saliency
 from models import Spec, build_model, dihedral, load_checkpoint
+from plumbing.backbones import find_stages
 from plumbing.data import MetaEncoder
 from plumbing.files import read_json, sha256
 from tasks import MultiClass
@@ -125,7 +126,7 @@ def test_grad_cam_shows_evidence_for_either_class_and_a_product_where_both_look(
 def test_stages_are_outputs_of_stages_which_some_networks_do_not_have():
     image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     with torch.no_grad():
-        resnet, other = (localize.find_stages(network(name), image) for name in ("resnet18", "efficientnet_b0"))
+        resnet, other = (find_stages(network(name), image, (4, 8, 16)) for name in ("resnet18", "efficientnet_b0"))
     assert resnet == {2: "relu", 4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
     assert (other[8], other[32]) == ("features.3", "features")
     for source in (Saliency(network("vit_tiny")), GradCam(network("vit_tiny"))):
@@ -235,7 +236,7 @@ def test_grad_cam_of_a_run_is_that_of_its_networks_with_metadata_missing(runs_di
     path = shutil.copy(runs_dir / "resnet" / "fold0_best.pt", tmp_path / "fold0_network.pt")
     facts = {"source": "gradcam", "networks": {path.name: sha256(path)}, "folds": [0], "trained": True, "shifts": 1,
              "rule": "component", "num_devs": None, "views": 1, "class_name": None,
-             "centre": None, "frame": "square"}  # fmt: skip
+             "centre": None, "frame": "square", "box_size": None}  # fmt: skip
     source, (trained, content) = Finder.load(tmp_path, facts, CPU).sources[0], load_checkpoint(path)
     missing = torch.from_numpy(MetaEncoder(content["encoder"]).encode(pd.DataFrame(index=[0])))
     assert missing.any()  # flags, and not the zeros that no encoder writes

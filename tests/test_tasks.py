@@ -81,10 +81,11 @@ def test_a_kind_goes_from_the_table_to_new_images(source, tmp_path, kind, capsys
     call("audit", tmp_path / "runs" / "weights", "--device", "cpu")
 
 
+@pytest.mark.parametrize("flags", [["--model", "resnet"], ["--model", "scout", "--scout_size", 96, "--tta", 1]])
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel", "regression"])
-def test_a_stopped_training_of_a_kind_goes_on_bit_equal(source, tmp_path, kind):
+def test_a_stopped_training_of_a_kind_goes_on_bit_equal(source, tmp_path, kind, flags):
     data = prepare(source, tmp_path / "my", kind)
-    words = ["--model", "resnet", "--data_dir", data, *SMALL_MODEL, "--fold", 0, "--patience", 9]
+    words = ["--data_dir", data, *SMALL_MODEL, *flags, "--fold", 0, "--patience", 9]
     straight = call("train", *words, "--runs_dir", tmp_path / "a", "--epochs", 2)
     stopped = call("train", *words, "--runs_dir", tmp_path / "b", "--epochs", 1)
     for path in stopped.glob("fold0_metrics.json"):
