@@ -8,17 +8,17 @@ SMALL := --weights none --backbone regnet_tiny --hidden 64 --dropout 0 --loss bc
 SEED ?= 0
 DEMO := --runs_dir demo/runs --data_dir demo/data --fold all --seed $(SEED)
 
-.PHONY: demo demo_chipnet demo_crop demo_cropnet demo_resnet demo_vit test lint example_weights clean
+.PHONY: demo demo_chipnet demo_crop demo_cropnet demo_resnet demo_vit demo_pattern test lint example_weights clean
 
 demo: .venv/installed
 	rm -rf demo
 	$(RUN) preprocess.py --output_dir demo/data
-	$(MAKE) --jobs 2 demo_cropnet demo_resnet demo_vit
+	$(MAKE) --jobs 2 demo_cropnet demo_resnet demo_vit demo_pattern
 	$(RUN) ensemble.py weights --runs_dir demo/runs
 	$(RUN) example_data/report.py --demo_dir demo
 
 # side by side, since networks so small gain nothing by a second thread
-demo_chipnet demo_crop demo_cropnet demo_resnet demo_vit: export OMP_NUM_THREADS := 1
+demo_chipnet demo_crop demo_cropnet demo_resnet demo_vit demo_pattern: export OMP_NUM_THREADS := 1
 demo_chipnet:
 	$(RUN) train.py --model chipnet $(DEMO) $(SMALL) --epochs 20
 demo_crop: demo_chipnet
@@ -29,6 +29,12 @@ demo_resnet:
 	$(RUN) train.py --model resnet $(DEMO) $(SMALL) --epochs 20
 demo_vit:
 	$(RUN) train.py --model fsg_vit $(DEMO) $(SMALL) --backbone vit_tiny --epochs 20
+# three classes instead of two
+demo_pattern:
+	$(RUN) preprocess.py --target_col pattern --output_dir demo/pattern
+	$(RUN) crop.py --source saliency --data_dir demo/pattern --backbone regnet_tiny --weights none
+	$(RUN) train.py --model cropnet --crop_dir demo/pattern/crops/saliency $(DEMO) $(SMALL) --loss ce --epochs 12 \
+	    --data_dir demo/pattern --runs_dir demo/pattern/runs
 
 test: .venv/installed-dev lint
 	$(RUN) -m pytest --numprocesses 2

@@ -10,20 +10,20 @@ pays. Written to --output_dir:
     masks/EX_0000.png ...   the lesion (0 / 255), same height and width as the image
     train.csv               image_name, patient_id, sex, age_approx,
                             anatom_site_general_challenge, target (ISIC 2020's columns,
-                            without diagnosis and benign_malignant)
-    test.csv                the same without target
+                            without diagnosis and benign_malignant), pattern
+    test.csv                the same without target and pattern
     sample_submission.csv   image_name, target (all 0)
-    test_labels.csv         image_name, target
+    test_labels.csv         image_name, target, pattern
 
 Skin, hair, ruler, vignette, picture size, and the lesion's place and area are drawn without
 looking at the class. The two classes (0 benign, 1 malignant) differ inside the lesion only:
 
-* fine, strong: a benign lesion carries an even mesh or even globules and a smooth border; a
-  malignant one dots of uneven size, a broken network, radial streaks and a border jagged at
-  the same small scale. The spacing is a fixed share of the lesion's diameter: 3 to 12 px in the
-  file (mostly 4 to 8), about 2 px once the short side is 224 px (there mostly averaged away),
-  about 6 px in a 224 px crop of the lesion. The texture has next to no low frequencies and one
-  contrast in both classes, so that shrinking it leaves (nearly) the same brown.
+* fine, strong: a benign lesion carries an even mesh or even globules (pattern says which) and a
+  smooth border; a malignant one dots of uneven size, a broken network, radial streaks and a border
+  jagged at the same small scale. The spacing is a fixed share of the lesion's diameter: 3 to 12 px
+  in the file (mostly 4 to 8), about 2 px once the short side is 224 px (there mostly averaged
+  away), about 6 px in a 224 px crop of the lesion. The texture has next to no low frequencies and
+  one contrast in both classes, so that shrinking it leaves (nearly) the same brown.
 * coarse, weak: one number per lesion, normal with unit variance and COARSE_SHIFT higher on
   average when malignant, makes the lesion darker, greyer, patchier, less round and (when very
   high) veiled in blue-white. It survives the shrinking, and overlaps a lot between the classes.
@@ -138,7 +138,7 @@ def draw_outline(rng, shape, coarse, malignant):
 
 
 def even_texture(rng, shape, spacing):
-    """Return a mesh or globules of even spacing (px), (height, width), larger where darker."""
+    """Return a texture of even spacing (px), (height, width), larger where darker, and its name: globules or mesh."""
     y, x = np.mgrid[:shape[0], :shape[1]].astype(np.float32)
     bend = 0.4 * spacing
     y = y + bend * smooth_noise(rng, shape, 4 * spacing)
@@ -148,8 +148,8 @@ def even_texture(rng, shape, spacing):
     for angle in turn + np.array([0, 1, 2]) * np.pi / 3:
         wave = wave + np.cos((x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / spacing)
     if rng.random() < 0.65:
-        return smooth_step((0.9 - wave) / 2.0)
-    return smooth_step((wave + 0.6) / 2.4)
+        return smooth_step((0.9 - wave) / 2.0), "mesh"
+    return smooth_step((wave + 0.6) / 2.4), "globules"
 
 
 def uneven_texture(rng, distance, radius, middle, spacing):
@@ -177,16 +177,16 @@ def uneven_texture(rng, distance, radius, middle, spacing):
 
 
 def draw_lesion(rng, skin, malignant):
-    """Return the skin with a lesion, (height, width, 3) float RGB, and the mask, bool."""
+    """Return the skin with a lesion, (height, width, 3) float RGB, the mask, bool, and the name of its pattern."""
     shape = skin.shape[:2]
     coarse = rng.normal(COARSE_SHIFT * (0.5 if malignant else -0.5), 1)
     distance, radius, middle, spacing = draw_outline(rng, shape, coarse, malignant)
     edge = rng.uniform(0.05, 0.12)
     cover = smooth_step((1 + edge - distance) / (2 * edge))
     if malignant:
-        fine = uneven_texture(rng, distance, radius, middle, spacing)
+        fine, pattern = uneven_texture(rng, distance, radius, middle, spacing), "irregular"
     else:
-        fine = even_texture(rng, shape, spacing)
+        fine, pattern = even_texture(rng, shape, spacing)
     # equal contrast and no low frequencies: what is left after shrinking tells little
     fine = (fine - cv2.GaussianBlur(fine, (0, 0), 0.7 * spacing)) * (distance < 1.1)
     inside = fine[distance < 0.95]
@@ -207,7 +207,7 @@ def draw_lesion(rng, skin, malignant):
     veil = 0.55 * np.clip(coarse - 0.6, 0, 1) * cover
     veil = veil * smooth_step(smooth_noise(rng, shape, size * 0.7) - 0.3)
     tint = np.array([118, 124, 142]) * np.exp(-0.5 * fine)[..., None]
-    return lesion + veil[..., None] * (tint - lesion), distance < 1
+    return lesion + veil[..., None] * (tint - lesion), distance < 1, pattern
 
 
 def add_hairs(rng, image):
@@ -260,14 +260,14 @@ def add_lens(rng, image):
 
 
 def draw_image(rng, malignant):
-    """Return one picture, (height, width, 3) uint8 RGB, and its lesion mask, bool."""
-    image, mask = draw_lesion(rng, draw_skin(rng, draw_size(rng)), malignant)
+    """Return one picture, (height, width, 3) uint8 RGB, its lesion mask, bool, and the lesion's pattern."""
+    image, mask, pattern = draw_lesion(rng, draw_skin(rng, draw_size(rng)), malignant)
     if rng.random() < 0.2:
         image = add_ruler(rng, image)
     image = add_lens(rng, add_hairs(rng, image))
     image = cv2.GaussianBlur(image.astype(np.float32), (0, 0), 0.45)
     image = image + rng.normal(0, 1.0, image.shape)
-    return np.clip(np.rint(image), 0, 255).astype(np.uint8), mask
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8), mask, pattern
 
 
 def draw_labels(rng, count, period):
@@ -318,18 +318,19 @@ def main(args):
         table = draw_table(np.random.default_rng([args.seed, split, 2]), names, labels)
         # even numbers for training patients, odd ones for test patients: no patient in both
         table["patient_id"] = [f"IP_{2 * n + split + 1000000:07d}" for n in table["patient_id"]]
-        tables.append(table.astype({"age_approx": "Int64"}))
+        tables.append(table.astype({"age_approx": "Int64"}).assign(pattern=""))
         for i, (name, label) in enumerate(zip(names, labels, strict=True)):
             # a generator for each picture: it does not change when more or fewer are made
-            image, mask = draw_image(np.random.default_rng([args.seed, split, 3, i]), bool(label))
+            image, mask, tables[-1].loc[i, "pattern"] = draw_image(
+                np.random.default_rng([args.seed, split, 3, i]), bool(label))
             cv2.imwrite(str(folders[0] / f"{name}.jpg"), image[..., ::-1],
                         [cv2.IMWRITE_JPEG_QUALITY, 86, cv2.IMWRITE_JPEG_OPTIMIZE, 1])
             cv2.imwrite(str(folders[1] / f"{name}.png"), mask.astype(np.uint8) * 255,
                         [cv2.IMWRITE_PNG_BILEVEL, 1, cv2.IMWRITE_PNG_COMPRESSION, 9])
     train, test = tables
     train.to_csv(args.output_dir / "train.csv", index=False)
-    test.drop(columns="target").to_csv(args.output_dir / "test.csv", index=False)
-    test[["image_name", "target"]].to_csv(args.output_dir / "test_labels.csv", index=False)
+    test.drop(columns=["target", "pattern"]).to_csv(args.output_dir / "test.csv", index=False)
+    test[["image_name", "target", "pattern"]].to_csv(args.output_dir / "test_labels.csv", index=False)
     blank = test[["image_name", "target"]].assign(target=0)
     blank.to_csv(args.output_dir / "sample_submission.csv", index=False)
     print(f"wrote {len(train)} training and {len(test)} test images to {args.output_dir}")

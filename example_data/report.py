@@ -3,8 +3,8 @@
     python example_data/report.py --demo_dir demo
 
 Prints run, AUC of each fold, out-of-fold AUC with its 95 % interval, AUC on the labelled example
-test set, and seconds of training; draws demo/overview.png (image with box, attention, crop,
-predictions).
+test set, seconds of training, and how well the pattern of the lesion is told (three classes); draws
+demo/overview.png (image with box, attention, crop, predictions).
 """
 
 import sys
@@ -46,6 +46,15 @@ def print_table(runs: list[Run], labels: pd.Series) -> None:
               f"   {test_auc(run, labels):<9.3f} {seconds:.0f}")  # fmt: skip
 
 
+def print_patterns(run: Run, labels: pd.Series) -> None:
+    """A line about the same crops with three classes: the pattern of the lesion."""
+    pooled = run.metrics["pooled"]
+    words = read_table(run.path / "submission.csv", [TARGET]).set_index(ID)[TARGET]
+    print(f"\npattern of the lesion ({', '.join(run.task.names)}): out-of-fold AUC {pooled['auc']:.3f}, accuracy "
+          f"{pooled['accuracy']:.3f} (commonest class {pooled['accuracy_of_baseline']:.3f}), test accuracy "
+          f"{(words == labels[words.index]).mean():.3f}")  # fmt: skip
+
+
 def draw_overview(path: Path, demo_dir: Path, runs: list[Run], labels: pd.Series) -> None:
     """Picture of some test images of both classes."""
     data = read_data(demo_dir / "data")
@@ -77,10 +86,12 @@ def main(args) -> Path:
     """Print the table and draw the picture; returns the picture's path."""
     names = ["resnet", "chipnet", "cropnet", "fsg_vit", "ensemble"]
     runs = [read_run(args.demo_dir / "runs" / name) for name in names]
-    labels = read_table(HERE / "test_labels.csv", [TARGET]).set_index(ID)[TARGET]
+    answers = read_table(HERE / "test_labels.csv", [TARGET, "pattern"]).set_index(ID)
+    labels = answers[TARGET]
     picture = args.demo_dir / "overview.png"
     draw_overview(picture, args.demo_dir, runs, labels)
     print_table(runs, labels)
+    print_patterns(read_run(args.demo_dir / "pattern" / "runs" / "cropnet"), answers["pattern"])
     print(f"\npicture: {picture}")
     return picture
 
