@@ -28,6 +28,7 @@ from plumbing.speedups import fold_batchnorms, skip_padding
 from tasks import Task
 from util import InputError
 
+NOTHING = -1e4  # score of a cell that is none; finite, so that a picture of none has a softmax
 CHIP = 32  # pixels; the total stride of the usual backbones, so that a chip becomes one embedding
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -243,10 +244,10 @@ class Scout(ChipNet):
         self.stages = {stride: stages[stride] for stride in sorted(spec.strides)}
         with torch.no_grad():
             self.channels = self.cells(torch.zeros(1, 3, self.cell, self.cell)).shape[-1]
-        self.standard = nn.BatchNorm1d(self.channels, affine=False, momentum=None)
-        self.narrow = nn.Linear(self.channels, spec.hidden)
-        self.trunk = nn.Sequential(nn.LayerNorm(spec.hidden), nn.GELU())
-        self.drop = nn.Dropout(spec.dropout)
+        self.trunk = nn.Sequential(
+            nn.BatchNorm1d(self.channels, affine=False),  # channels differ a hundredfold; without it nothing is learned
+            nn.Linear(self.channels, spec.hidden), nn.LayerNorm(spec.hidden), nn.GELU(), nn.Dropout(spec.dropout),
+        )  # fmt: skip
         self.look, self.gate = nn.Linear(spec.hidden, spec.hidden), nn.Linear(spec.hidden, spec.hidden)
         self.scorer = nn.Linear(spec.hidden, 1)
         self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.hidden, spec.outputs))
@@ -284,12 +285,7 @@ class Scout(ChipNet):
         """Cells (N, C, h, w), NaN where there is none -> embeddings (N, D, h, w), 0 there."""
         cells = image.permute(0, 2, 3, 1)
         known = ~cells[..., 0].isnan()
-        x = cells[known].float()
-        if self.training:
-            self.standard(x[::8])  # mean and spread over all batches so far; a part of the cells tells them
-        # channels differ a hundredfold, and unless they are standardised nothing is learned; here inside the product
-        weight = self.narrow.weight * (self.standard.running_var + self.standard.eps).rsqrt()
-        found = self.trunk(F.linear(x, weight, self.narrow.bias - weight @ self.standard.running_mean))
+        found = self.trunk(cells[known].float())
         embedding = found.new_zeros(*known.shape, found.shape[-1])
         embedding[known] = found
         return embedding.permute(0, 3, 1, 2)
@@ -297,10 +293,9 @@ class Scout(ChipNet):
     def weigh(self, embedding: torch.Tensor) -> torch.Tensor:
         """Embeddings (N, D, h, w) -> attention (N, h, w), sums to 1; none where all of an embedding is 0. Ilse et al.
         2018, equation 9."""
-        embedding = embedding.permute(0, 2, 3, 1)
-        x, nothing = self.drop(embedding), (embedding == 0).all(dim=-1)
+        x = embedding.permute(0, 2, 3, 1)
         score = self.scorer(self.look(x).tanh() * self.gate(x).sigmoid()).squeeze(-1).float()
-        return spatial_softmax(score.masked_fill(nothing, -math.inf))
+        return spatial_softmax(score.masked_fill((x == 0).all(dim=-1), NOTHING))
 
     def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
         """Cells (N, C, h, w) -> attention (N, h, w). Views are all alike, since cells are pooled wherever they lie."""

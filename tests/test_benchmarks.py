@@ -6,6 +6,7 @@ import sys
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, change
@@ -14,6 +15,7 @@ from PIL import Image
 import scores
 from localize import Box
 from plumbing.files import read_json
+from tasks import Binary, MultiClass, MultiLabel, Regression
 from util import InputError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -25,6 +27,8 @@ import fsg_cost
 import kill_test
 import lesions
 import speed
+import streets
+import targets
 
 
 def run(module, *words):
@@ -189,3 +193,48 @@ def test_kill_test_names_what_differs(data_dir, tmp_path):
     assert [line.split(":")[0] for line in sorted(kill_test.torn(after, before))] == [left, damaged]
     assert kill_test.complaint(2, "bar 3%\ncrop.py: error: no room\n") == []
     assert kill_test.complaint(1, "Traceback\nOSError: no room\n")
+
+
+def test_scenes_have_one_sign_each_and_crops_are_judged_by_it(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "data" / "bccd" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "mnist").mkdir()
+    cv2.imwrite(str(tmp_path / "data" / "bccd" / "images" / "a.jpg"), rng.integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    digits = {"x": np.full((10, 28, 28), 255, np.uint8), "y": np.arange(10) % 5}
+    np.savez(tmp_path / "data" / "mnist" / "train.npz", **digits)
+    run(streets, "draw", tmp_path / "data", tmp_path / "out", "--count", 2)
+    objects = pd.read_csv(tmp_path / "out" / "objects.csv", dtype={"image_name": str})
+    for name, x0, y0, x1, y1 in objects.itertuples(index=False):
+        height, width, _ = cv2.imread(str(tmp_path / "out" / "images" / f"{name}.jpg")).shape
+        assert 0.019 < (x1 - x0) / width < 0.081
+        assert (x0 >= 0, y0 >= 0, x1 <= width, y1 <= height) == (True,) * 4
+    boxes = objects.assign(oof=1)
+    boxes.loc[1, ["x0", "x1"]] += objects["x1"][1] - objects["x0"][1]  # beside its sign
+    boxes.to_csv(tmp_path / "train_boxes.csv", index=False)
+    run(streets, "judge", tmp_path, "--boxes", tmp_path / "out" / "objects.csv")
+    assert "0.500 of 2 images" in capsys.readouterr().out
+    boxes.assign(oof=[1, 0]).to_csv(tmp_path / "train_boxes.csv", index=False)
+    run(streets, "judge", tmp_path, "--boxes", tmp_path / "out" / "objects.csv")
+    assert "1.000 of 1 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", [
+    Binary(("1",), "auc"), MultiClass(("a", "b", "c"), "auc"), MultiLabel(("a", "b"), "ap"), Regression(("q",), "mae")],
+    ids=lambda task: task.kind)  # fmt: skip
+def test_linear_models_of_features_are_compared_in_the_right_direction(task):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 6))
+    target = {"binary": x[:, :1] > 0, "multiclass": x[:, :3].argmax(axis=1)[:, None], "multilabel": x[:, :2] > 0,
+              "regression": 3 * x[:, :1] + 10}[task.kind].astype(float)  # fmt: skip
+    group = np.repeat(np.arange(40), 3)
+    prob = targets.fit_linear(task, x[:90], target[:90], group[:90])(x[90:])
+    assert prob.shape == (30, len(task.columns))
+    good = task.metrics[task.metric].of(target[90:], prob)
+    assert good < 0.5 if task.kind == "regression" else good > 0.95
+    worse = np.roll(prob, 1, axis=0)
+    score, (first, _), gain, gains = targets.compare(task, target[90:], group[90:], worse, [prob, prob])
+    assert (first, score) == (pytest.approx(good), pytest.approx(task.metrics[task.metric].of(target[90:], worse)))
+    assert 0 < np.quantile(gains, 0.02) < gain
+    constant = {"binary": 0.5, "multiclass": 0.5, "multilabel": target[90:].mean(),
+                "regression": np.abs(target[90:] - np.median(target[:90])).mean()}[task.kind]  # fmt: skip
+    assert targets.best_constant(task, target[:90], target[90:]) == pytest.approx(constant)
