@@ -87,9 +87,18 @@ def list_stages() -> list[Stage]:
     fit = [*small, "--hidden", "8", "--lr", "1e-3", "--head_lr", "1e-3", "--epochs", "3", "--batch_size", "8",
            "--workers", "0", "--tta", "2"]  # fmt: skip
     crop = ["crop.py", *small, "--views", "1", "--workers", "1"]
+    prepare = ["preprocess.py", "--train_csv", "input/train.csv", "--size", "64", "--n_folds", "2", "--workers", "1"]
+    kinds = []
+    for kind, columns in {"classes": ["spot"], "labels": ["left", "high"], "quantity": ["width_mm"]}.items():
+        kinds.append(Stage(f"{kind}: preprocess", [*prepare, "--output_dir", kind, "--target_col", *columns]))
+        words = ["train.py", "--model", "resnet", *fit, "--data_dir", kind, "--runs_dir", f"runs_{kind}"]
+        kinds.append(Stage(f"{kind}: train", words))
+    scout = ["train.py", "--model", "scout", *fit[:-2], "--scout_size", "96", "--runs_dir", "scouts"]
     return [
-        Stage("preprocess", ["preprocess.py", "--train_csv", "input/train.csv", "--size", "64", "--n_folds", "2",
-                             "--workers", "1"]),
+        Stage("preprocess", prepare),
+        *kinds,
+        Stage("scout: train", scout),
+        Stage("scout: crop", [*crop, "--run", "scouts/scout", "--box_size", "40"]),
         Stage("crop saliency", [*crop, "--source", "saliency"]),
         Stage("train resnet", ["train.py", "--model", "resnet", *fit, "--fold", "0"]),
         Stage("train resnet, fold 1", ["train.py", "--model", "resnet", *fit, "--fold", "1"], True),
@@ -104,7 +113,7 @@ def list_stages() -> list[Stage]:
 
 
 def draw_inputs(folder: Path) -> None:
-    """24 training images of 12 patients and 8 test images: noise and a disc, coloured by class."""
+    """24 training images of 12 patients and 8 test images, noise and a disc, coloured by class; labels of all kinds."""
     (folder / "images").mkdir(parents=True)
     rng, rows = np.random.default_rng(0), []
     for i in range(32):
@@ -114,11 +123,13 @@ def draw_inputs(folder: Path) -> None:
         picture[disc] = (120, 60, 60) if target else (60, 90, 120)
         image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
         image.save(folder / "images" / f"{i:04d}.jpg")
-        rows.append({"image_name": f"{i:04d}", "patient_id": f"p{i // 2}",
-                     "sex": ("male", "female")[i % 3 == 0], "target": target})  # fmt: skip
+        rows.append({"image_name": f"{i:04d}", "patient_id": f"p{i // 2}", "sex": ("male", "female")[i % 3 == 0],
+                     "target": target, "spot": ("red", "blue", "dull")[target + (i % 8 > 5)],
+                     "left": int(i % 3 == 0), "high": int(i % 5 < 2), "width_mm": 0.5 + i / 10})  # fmt: skip
     table = pd.DataFrame(rows)
     table[:24].to_csv(folder / "train.csv", index=False)
-    table[24:].drop(columns="target").to_csv(folder / "test.csv", index=False)
+    labels = ["target", "spot", "left", "high", "width_mm"]
+    table[24:].drop(columns=labels).to_csv(folder / "test.csv", index=False)
 
 
 # ---------------------------------------------------------------- calls
