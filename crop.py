@@ -40,12 +40,11 @@ from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
 from plumbing.files import copy, finish_output, open_output, provenance, sha256, write_table
 from plumbing.guards import check_unseen, fold_weights
-from plumbing.images import Frame, ImageIndex, configure_pillow, frame_of, name_key, read_crops, read_square
+from plumbing.images import Frame, configure_pillow, frame_of, name_key, read_crops, read_square
 from plumbing.runs import Run, read_run
 from util import FOLD, ID, PLACE, InputError
 
 MONTAGE_ROWS = 8
-DEFAULT_VIEWS = 4  # symmetries over which maps are averaged
 WIDE = 1.4  # side of the crops from which jittered ones are cut, over the box's
 EDGE = 0.5  # pixels by which a given box may leave its image: detectors round
 
@@ -64,7 +63,7 @@ def fill_defaults(args: argparse.Namespace, data: Data) -> Run | None:
     scout = run is not None and is_scout(run)
     args.source = args.source or ("attention" if scout else "attention*saliency")
     args.rule = args.rule or ("peak" if scout else "component")
-    args.views = args.views or min(DEFAULT_VIEWS, run.config["views"] if run else DEFAULT_VIEWS)
+    args.views = args.views or min(Finder.views, run.config["views"] if run else Finder.views)
     if (args.source == "boxes") != (args.boxes is not None):
         raise InputError("--source boxes and --boxes FILE go together; pass both or neither")
     if args.class_name is not None and (args.class_name not in data.task.names or run is None):
@@ -137,8 +136,7 @@ class Cropper:
         self.sizes = {split: data.size}  # side of each array, in pixels
         if split == "train":
             self.sizes["train_wide"] = round(WIDE * data.size)
-        image_dirs = args.image_dir or [Path(folder) for folder in data.facts["image_dirs"][split]]
-        self.paths = ImageIndex(*image_dirs).find_all(self.table[ID].tolist())
+        self.paths = data.find_originals(split, args.image_dir, args.limit)
         self.originals = list(self.table[["width", "height"]].itertuples(index=False, name=None))
         self.boxes: list[Box | None] = [None] * len(self.table)
         if args.source == "boxes":

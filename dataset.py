@@ -2,7 +2,7 @@
 
 Images come out as uint8 (3, S, S); networks normalise them on their own device. Loader processes augment them one by
 one. Test-time views are exact symmetries of a batch and live with the networks (models.dihedral). Albumentations is
-imported here alone; pipelines of your own fit into train_transform.
+imported here alone; a pipeline of your own is a row of AUGMENTATIONS.
 
 References:
     C. Careaga, attention_guided_cropping (2020): the augmentations, hair among them.

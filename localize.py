@@ -461,7 +461,7 @@ class Finder:
     rule: str = "component"
     num_devs: float | None = None
     centre: float | None = None
-    views: int = 4
+    views: int = 4  # symmetries over which maps are averaged
     frame: Frame = "square"
     box_size: float | None = None
     scout: Scout | None = None  # if what it looks at are cells: the network that makes them
@@ -505,9 +505,7 @@ class Finder:
 
     def box(self, attention: np.ndarray, image_size: tuple[int, int]) -> Box:
         """Box of an image of image_size (width, height) by its map (h, w)."""
-        return find_box(
-            attention, image_size, self.rule, self.num_devs, self.centre, self.frame, self.box_size
-        )
+        return find_box(attention, image_size, self.rule, self.num_devs, self.centre, self.frame, self.box_size)
 
 
 def blank_meta(content: dict) -> np.ndarray:

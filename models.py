@@ -234,6 +234,7 @@ class Scout(ChipNet):
 
     def __init__(self, spec: Spec, weights: str = "none"):
         self.cell, self.scout_size = max(spec.strides), spec.scout_size
+        self.grid = self.scout_size // self.cell  # cells along a side of the square that holds a picture
         if spec.scout_size % self.cell:
             raise InputError(f"--scout_size {spec.scout_size} is no multiple of {self.cell}; pass one")
         with torch.random.fork_rng(devices=[]):

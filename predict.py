@@ -16,7 +16,7 @@ from argparse import BooleanOptionalAction
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ import util
 from blends import BLENDS, average_of
 from calibration import calibrated
 from localize import Box, Finder, upsample
-from plumbing.cells import check_shape, on_square, read_cells
+from plumbing.cells import on_square, part_of, read_cells
 from plumbing.data import CORNERS, MetaEncoder, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
@@ -79,13 +79,18 @@ class Images:
         """What networks look at: the squares, or for a scout the cells of the originals, made once."""
         if scout is None:
             return self.squares
-        key = scout.fingerprint()
+        key = fingerprint_of(scout)
         if key not in self.cells:
-            for path, size in zip(self.paths, self.sizes, strict=True):
-                check_shape(scout, path, size)
-            pairs = zip(self.paths, self.sizes, strict=True)
-            self.cells[key] = np.stack([on_square(scout, read_cells(scout, *pair, device), pair[1]) for pair in pairs])
+            cells = [(read_cells(scout, path, size, device), part_of(scout, size))
+                     for path, size in zip(self.paths, self.sizes, strict=True)]  # fmt: skip
+            self.cells[key] = np.stack([on_square(*pair, scout.grid) for pair in cells])
         return self.cells[key]
+
+
+@cache
+def fingerprint_of(scout: models.Scout) -> str:
+    """Scout.fingerprint, hashed once for all images."""
+    return scout.fingerprint()
 
 
 # ---------------------------------------------------------------- runs and blends
@@ -108,7 +113,8 @@ class Single:
             self.finder, self.key = Finder.load(run.path / FINDER, self.crop, device), str(self.crop["sha256"])
         elif hasattr(network, "attention"):  # boxes as crop.py finds them by default
             frame, rule = (network.scout_size, "peak") if self.scout else (self.frame, "component")
-            self.finder = Finder(self.networks, rule, frame=frame, scout=self.scout)
+            views = min(Finder.views, run.config["views"])
+            self.finder = Finder(self.networks, rule, views=views, frame=frame, scout=self.scout)
             for network in self.networks.values():
                 network.shifts = 2
 

@@ -331,8 +331,10 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="skin: hair, any turn, mirrored, tint; square: quarter turns, mirrored, tint; upright: few degrees, tint")
     data("--jitter", action=BooleanOptionalAction, default=True, help="move and scale boxes in training")
     data("--meta_cols", nargs="*", help="metadata columns [sex, age and site; with crops also box_side]")
-    data("--scout_size", type=count, default=1280, help="of a scout: longest side of what it sees, in pixels")
-    data("--stride", type=int, nargs="+", choices=(8, 16, 32), default=[16, 32], help="of a scout: of its feature maps")
+    data("--scout_size", type=count, default=models.Spec.scout_size,
+         help="of a scout: longest side of what it sees, in pixels")
+    data("--stride", type=int, nargs="+", choices=(8, 16, 32), default=list(models.Spec.strides),
+         help="of a scout: of its feature maps")
     data("--limit", type=count, help="use this many images per class: a dry run")
     fit = parser.add_argument_group("optimisation").add_argument
     fit("--fold", nargs="+", default=["all"], help="held-out folds from 0, or all")

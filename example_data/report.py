@@ -47,7 +47,7 @@ def print_table(runs: list[Run], labels: pd.Series) -> None:
 
 
 def print_patterns(run: Run, labels: pd.Series) -> None:
-    """A line about the same crops with three classes: the pattern of the lesion."""
+    """A line about three classes, the pattern of the lesion, from crops of the saliency."""
     pooled = run.metrics["pooled"]
     words = read_table(run.path / "submission.csv", [TARGET]).set_index(ID)[TARGET]
     print(f"\npattern of the lesion ({', '.join(run.task.names)}): out-of-fold AUC {pooled['auc']:.3f}, accuracy "

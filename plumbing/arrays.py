@@ -3,7 +3,7 @@
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -96,7 +96,7 @@ class PartialArray:
         """Return when all rows written are on the disk."""
         os.fsync(self._file.fileno())
 
-    def finish(self, rows: np.ndarray) -> None:
+    def finish(self, rows: Sequence[int]) -> None:
         """Give the array its name; if `rows` are not all of it, keep these alone."""
         self._file.close()
         view = self.view()

@@ -2,7 +2,8 @@
 
 A picture is read whole, at most scout_size pixels long and never enlarged, and the network runs over it once. Of the
 square of cells that frame_of(..., scout_size) describes, those that lie in the picture are kept as float16. The network
-(models.Scout) has cells(image) -> (N, h, w, C), one for every `cell` pixels, a `scout_size`, and a fingerprint().
+(models.Scout) has cells(image) -> (N, h, w, C), one for every `cell` pixels, a `scout_size` of `grid` cells, and a
+fingerprint().
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from plumbing.arrays import Filling, PartialArray
 from plumbing.data import Data
 from plumbing.files import finish_output, open_output, provenance, read_json
-from plumbing.images import ImageIndex, inside, read_square
+from plumbing.images import inside, read_square
 from util import ID, InputError
 
 MARKER = "cells.json"
@@ -26,7 +27,7 @@ THINNEST = 8  # pixels of the short side once the long one is scout_size
 
 def part_of(network, size: tuple[int, int]) -> tuple[slice, slice]:
     """Rows and columns of the square of cells that lie in a picture of size (width, height)."""
-    return inside(size, network.scout_size, network.scout_size // network.cell)
+    return inside(size, network.scout_size, network.grid)
 
 
 def check_shape(network, name, size: tuple[int, int]) -> None:
@@ -37,7 +38,9 @@ def check_shape(network, name, size: tuple[int, int]) -> None:
 
 
 def read_cells(network, path: Path, size: tuple[int, int], device: torch.device) -> np.ndarray:
-    """Cells of a picture of size (width, height): float16 (h, w, C). Raises InputError if it is of another size now."""
+    """Cells of a picture of size (width, height): float16 (h, w, C). Raises InputError if it is a line, or of another
+    size now."""
+    check_shape(network, path, size)
     square, found = read_square(path, network.scout_size, frame=network.scout_size)
     if found != tuple(size):
         now, known = ("{} x {}".format(*each) for each in (found, size))
@@ -50,11 +53,10 @@ def read_cells(network, path: Path, size: tuple[int, int], device: torch.device)
     return np.clip(cells, -limit, limit).astype(np.float16)
 
 
-def on_square(network, cells: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Cells (h, w, C) of a picture of size (width, height) in their square: float16 (G, G, C), NaN around them."""
-    grid = network.scout_size // network.cell
+def on_square(cells: np.ndarray, part: tuple[slice, slice], grid: int) -> np.ndarray:
+    """Cells (h, w, C) of a picture in their part of the square: float16 (G, G, C), NaN around them."""
     square = np.full((grid, grid, cells.shape[-1]), np.nan, np.float16)
-    square[part_of(network, size)] = cells
+    square[part] = cells
     return square
 
 
@@ -63,20 +65,20 @@ class Cells:
     pickles small, as plumbing.arrays.Rows. parts: part_of every picture."""
 
     def __init__(self, path: Path, parts: list[tuple[slice, slice]], grid: int, channels: int):
-        self.path, self.parts, self.shape = path, parts, (grid, grid, channels)
+        self.path, self.parts, self.grid, self.channels = path, parts, grid, channels
         counts = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in parts]
         self.starts = np.concatenate([[0], np.cumsum(counts)])  # of every picture's cells in the file, and their end
 
     def __getitem__(self, rows: int | np.ndarray) -> np.ndarray:
         """Cells of some rows, or of one: float16 (len(rows), G, G, C) or (G, G, C)."""
-        squares = np.full((np.size(rows), *self.shape), np.nan, np.float16)
-        offset = np.load(self.path, mmap_mode="r", allow_pickle=False).offset
+        offset, squares = np.load(self.path, mmap_mode="r", allow_pickle=False).offset, []
         with open(self.path, "rb") as file:
-            for square, row in zip(squares, np.ravel(rows), strict=True):
-                part = square[self.parts[row]]
-                file.seek(offset + int(self.starts[row]) * square.shape[-1] * square.itemsize)
-                part[:] = np.fromfile(file, np.float16, part.size).reshape(part.shape)
-        return squares[0] if np.ndim(rows) == 0 else squares
+            for row in np.ravel(rows):
+                height, width = (span.stop - span.start for span in self.parts[row])
+                file.seek(offset + int(self.starts[row]) * self.channels * 2)  # bytes of a float16
+                cells = np.fromfile(file, np.float16, height * width * self.channels)
+                squares.append(on_square(cells.reshape(height, width, -1), self.parts[row], self.grid))
+        return squares[0] if np.ndim(rows) == 0 else np.stack(squares)
 
     def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
         """Cells of a row, as a source of dataset.ImageDataset: float16 (G, G, C)."""
@@ -88,13 +90,13 @@ def make_cells(network, data: Data, device: torch.device, workers: int, image_di
     in a folder for this network and these pictures; a stopped call goes on."""
     facts = {"network": network.fingerprint(), "pictures": data.facts["sha256"], "scout_size": network.scout_size}
     key = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:12]
-    folder, grid, found, sizes_of = data.directory / "cells" / key, network.scout_size // network.cell, {}, {}
+    folder, found, sizes_of = data.directory / "cells" / key, {}, {}
     for split, table in data.tables().items():
         sizes = list(table[["width", "height"]].itertuples(index=False, name=None))
         for name, size in zip(table[ID], sizes, strict=True):
             check_shape(network, name, size)
         parts = [part_of(network, size) for size in sizes]
-        found[split], sizes_of[split] = Cells(folder / f"{split}.npy", parts, grid, network.channels), sizes
+        found[split], sizes_of[split] = Cells(folder / f"{split}.npy", parts, network.grid, network.channels), sizes
     if (folder / MARKER).exists():
         read_json(folder / MARKER)
         return found
@@ -102,8 +104,7 @@ def make_cells(network, data: Data, device: torch.device, workers: int, image_di
     print(f"cells of {sum(map(len, sizes_of.values()))} pictures take {gigabytes:.2f} GB in {folder}")
     open_output(folder, MARKER, False, facts)
     for split, cells in found.items():
-        dirs = image_dirs or [Path(path) for path in data.facts["image_dirs"][split]]
-        paths = ImageIndex(*dirs).find_all(data.tables()[split][ID].tolist())
+        paths = data.find_originals(split, image_dirs)
         array = PartialArray(cells.path, (int(cells.starts[-1]), network.channels), np.float16)
         filling = Filling(folder / f"{split}_done.npy", [array], len(paths))
 
@@ -113,6 +114,6 @@ def make_cells(network, data: Data, device: torch.device, workers: int, image_di
 
         with tqdm(total=len(paths), desc=f"cells {split}", unit="image") as bar:
             filling.run(np.arange(len(paths)), work, workers, bar)
-        array.finish(np.arange(int(cells.starts[-1])))
+        array.finish(range(int(cells.starts[-1])))
     finish_output(folder, MARKER, facts | provenance())
     return found

@@ -11,7 +11,7 @@ import pandas as pd
 
 from plumbing.arrays import array_path
 from plumbing.files import check_hashes, read_csv, read_json
-from plumbing.images import name_key
+from plumbing.images import ImageIndex, name_key
 from tasks import Task, as_words, task_of
 from util import BOX_SIDE, EXTERNAL, FOLD, ID, PLACE, InputError
 
@@ -111,6 +111,11 @@ class Data:
         """The tables that exist, by split."""
         both = {"train": self.train, "test": self.test}
         return {split: table for split, table in both.items() if table is not None}
+
+    def find_originals(self, split: str, image_dirs: list[Path] | None = None, limit: int | None = None) -> list[Path]:
+        """Image files of the first rows of a split, from where they were preprocessed or from other folders."""
+        folders = image_dirs or [Path(folder) for folder in self.facts["image_dirs"][split]]
+        return ImageIndex(*folders).find_all(self.tables()[split][ID][:limit].tolist())
 
     def array_path(self, split: str) -> Path:
         """Where the centre squares of a split lie."""

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import call, change, read, rewrite
+from conftest import SMALL_CROP, call, change, read, rewrite
 from PIL import Image
 
 import blends
@@ -15,6 +15,8 @@ from localize import Finder
 from plumbing.data import CORNERS
 from plumbing.files import read_json
 from plumbing.images import read_square
+from plumbing.runs import read_run
+from predict import open_predictor
 from tasks import Binary
 from util import InputError
 
@@ -81,6 +83,13 @@ def test_images_are_decoded_and_searched_as_in_training(runs, test_images, tmp_p
         box = finder.box(finder.maps(square[None], CPU, amp=amp)[0], size)
         assert found[-1] == pytest.approx(box.confidence, abs=1e-6)
     assert found[0] != found[1]
+
+
+def test_pictures_that_may_not_be_mirrored_are_looked_at_once_as_crops_are(runs, data_dir, tmp_path):
+    change(runs / "chipnet" / "config.json", lambda config: config.update(views=1))  # --augment upright
+    predictor = open_predictor(read_run(runs / "chipnet"), torch.device("cpu"), None, "off")
+    where = ["--run", runs / "chipnet", "--data_dir", data_dir, "--output_dir", tmp_path, "--source", "attention"]
+    assert predictor.finder.views == read_json(call("crop", *where, *SMALL_CROP) / "crop.json")["views"] == 1
 
 
 def test_folders_of_folders_with_pictures_and_overwrite(runs_dir, source, tmp_path, capsys):

@@ -53,14 +53,8 @@ def test_the_head_alone_learns_and_starts_from_one_backbone_in_every_fold():
 def test_cells_are_what_the_backbone_finds_of_a_coarse_and_a_fine_map():
     network = scout().eval()
     picture = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
-    features = picture
     with torch.no_grad():
         found, maps = network.cells(picture), {}
-        for name, module in network.backbone.named_children():
-            features = module(network.normalise(picture) if name == "stem" else features)
-            if name == "trunk_output":
-                break
-            maps[features.shape[-1]] = features
         trunk = network.backbone.stem(network.normalise(picture))
         for block in network.backbone.trunk_output:
             trunk = block(trunk)
@@ -89,7 +83,7 @@ def test_cells_lie_where_their_pixels_lie_and_small_pictures_are_not_enlarged(tm
             expected = network.cells(torch.from_numpy(inner.copy()).permute(2, 0, 1)[None])[0].numpy()
         found = read_cells(network, path, size, CPU)
         assert np.allclose(found, expected, rtol=2e-3, atol=1e-3)
-        on = on_square(network, found, size)
+        on = on_square(found, part, network.grid)
         assert on.shape == (4, 4, network.channels)
         assert np.isnan(on).all(axis=-1).sum() == 16 - found.shape[0] * found.shape[1]
 
@@ -142,7 +136,8 @@ def test_held_out_predictions_and_maps_are_those_of_the_folds_own_network(source
         found = make_cells(network, data, CPU, 1)["train"]
         for row in np.flatnonzero(data.train["fold"] == k)[:3]:
             name, size = data.train[ID][row], tuple(data.train.loc[row, ["width", "height"]])
-            fresh = on_square(network, read_cells(network, source / "images" / f"{name}.jpg", size, CPU), size)
+            cells = read_cells(network, source / "images" / f"{name}.jpg", size, CPU)
+            fresh = on_square(cells, part_of(network, size), network.grid)
             assert np.array_equal(found[row], fresh, equal_nan=True)
             image = torch.from_numpy(fresh).permute(2, 0, 1)[None]
             with torch.no_grad():
