@@ -50,6 +50,12 @@ def test_example_weights_fit_the_folds_of_preprocess_py(tmp_path):
         assert trained_on == {"folds_sha256": read_data(data_dir).folds_sha256, "fold": k}
 
 
+def test_example_weights_predict(tmp_path):
+    image = EXAMPLE / "images" / "EX_0160.jpg"
+    call("predict", "--run", RUN, "--output", tmp_path / "out", "--device", "cpu", image)
+    assert (tmp_path / "out" / "EX_0160.png").exists()
+
+
 def test_notebook_runs_top_to_bottom(monkeypatch):
     notebook = json.loads((ROOT / "notebooks" / "attention_visualization.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
