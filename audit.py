@@ -60,7 +60,7 @@ def check_networks(run: Run, data: Data, device: torch.device) -> tuple[bool, st
     for k in run.folds:
         model, content = models.load_checkpoint(run.checkpoint(k), device)
         if isinstance(model, models.Scout):
-            data.cells = data.cells or make_cells(model, data, device, util.CPUS)
+            data.cells = data.cells or make_cells(model, data, util.CPUS)
         images, encoder, task = dataset.make_images(data, k, args, models.MODELS[args.model])
         fitted &= encoder.columns == content["encoder"] and task.facts() == content["task"]
         valid, expected = images["valid"], oof[oof[FOLD] == k].set_index(ID)[task.columns]

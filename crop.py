@@ -260,7 +260,7 @@ def main(args: argparse.Namespace) -> Path:
     found = find_networks(run, source, data) if run else {}
     if run and is_scout(run):
         scout = models.load_checkpoint(next(iter(found.values())), device)[0]
-        data.cells = make_cells(scout, data, device, args.workers, args.image_dir)
+        data.cells = make_cells(scout, data, args.workers, args.image_dir)
     croppers = [Cropper(split, data, folder, args) for split in data.tables()]
     how = {key: getattr(args, key) for key in ("source", "rule", "views", "shifts", "amp", "class_name")}
     how["num_devs"] = args.num_devs if args.rule == "original" else None

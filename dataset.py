@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from plumbing.arrays import Rows, array_path, open_array
+from plumbing.cells import Bag, Cells
 from plumbing.data import Data, MetaEncoder, meta_columns, with_boxes
 from plumbing.distributed import Team
 from plumbing.files import read_json
@@ -98,6 +99,7 @@ class TurnAndTint(A.DualTransform):
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         """Draw both matrices as OpenCV takes them: place (2, 3) from old to new pixels, color (3, 4)."""
+        image = data["image"] if "image" in data else data["images"].reshape(-1, *data["images"].shape[2:])
         rng, centre = self.random_generator, (params["shape"][0] - 1) / 2
         if self.turn == "slightly":
             angle, mirror = rng.uniform(-SLIGHT_TURN, SLIGHT_TURN), 1
@@ -110,7 +112,7 @@ class TurnAndTint(A.DualTransform):
         moved = centre + rng.uniform(-self.shift, self.shift, 2) - centre * turn.sum(axis=1)
         bright, contrast, saturation = rng.uniform(1 - self.tint, 1 + self.tint, 3)
         mix = saturation * np.eye(3) + (1 - saturation) * LUMA
-        grey = (1 - contrast) * bright * (LUMA @ cv2.mean(data["image"])[:3])
+        grey = (1 - contrast) * bright * (LUMA @ cv2.mean(image)[:3])
         color = np.column_stack([bright * contrast * mix, np.full(3, grey)])
         return {"place": np.column_stack([turn, moved]), "color": color.astype(np.float32)}
 
@@ -208,7 +210,7 @@ class Guide:
 class Batch(NamedTuple):
     """One item, or with a first dimension N a batch of them."""
 
-    image: torch.Tensor  # uint8 (3 * pictures, S, S)
+    image: torch.Tensor | Bag  # uint8 (3 * pictures, S, S), or a scout's cells
     meta: torch.Tensor  # float32 (M,)
     goal: torch.Tensor  # float32 (K,): what the loss compares with the logit; NaN if unknown
     weight: torch.Tensor  # float32; 0 for a row that only fills up a share
@@ -238,17 +240,33 @@ class ImageDataset(Dataset):
         if place is not None:
             self.transform.set_random_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         row, rng = self.rows[i], self.transform.random_generator
-        pictures = [source(row, rng) for source in self.sources]
-        mask = {} if self.guide is None else {"mask": self.guide.enlarge(row, len(pictures[0]))}
-        done = [self.transform(image=picture, **mask) for picture in pictures]
-        guide = np.empty(0, np.float32) if self.guide is None else self.guide.shrink(done[0]["mask"])
+        pictures, guide = [source(row, rng) for source in self.sources], np.empty(0, np.float32)
+        if isinstance(pictures[0], Bag):
+            image = self._vary(pictures[0]) if place is not None and self.transform.transforms else pictures[0]
+        else:
+            mask = {} if self.guide is None else {"mask": self.guide.enlarge(row, len(pictures[0]))}
+            done = [self.transform(image=picture, **mask) for picture in pictures]
+            guide = guide if self.guide is None else self.guide.shrink(done[0]["mask"])
+            image = torch.from_numpy(np.concatenate([part["image"].transpose(2, 0, 1) for part in done]))
         return Batch(
-            torch.from_numpy(np.concatenate([part["image"].transpose(2, 0, 1) for part in done])),
+            image,
             torch.from_numpy(self.meta[i]),
             torch.from_numpy(self.goal[i]),
             torch.tensor(weight, dtype=torch.float32),
             torch.from_numpy(guide),
         )
+
+    def choose(self, network: torch.nn.Module, amp: torch.autocast) -> None:
+        """Look at the tiles alone that a scout finds best now; all else has nothing to choose."""
+        if isinstance(self.sources[0], Cells):
+            self.sources[0].choose(network, self.rows, amp)
+
+    def _vary(self, bag: Bag) -> Bag:
+        """All tiles of a picture transformed alike."""
+        known = int((~bag.place[:, 0].isnan()).sum())
+        tiles = self.transform(images=bag.values[:known].numpy().transpose(0, 2, 3, 1))["images"]
+        bag.values[:known] = torch.from_numpy(np.asarray(tiles)).permute(0, 3, 1, 2)
+        return bag
 
 
 def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDataset], MetaEncoder, Task]:
@@ -271,7 +289,7 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
     if "test" in tables:
         rows["test"] = np.arange(len(tables["test"]))[: args.limit]
 
-    images, augment = {}, train_transform(data.size, recipe.network.shift, args.augment)
+    images, augment = {}, train_transform(args.tile or data.size, recipe.network.shift, args.augment)
     for part, chosen in rows.items():
         split, n_rows = ("test" if part == "test" else "train"), len(tables["test" if part == "test" else "train"])
         pictures = {"whole": Stored(data.array_path(split), n_rows), "cells": data.cells.get(split)}
@@ -288,7 +306,7 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
             chosen,
             encoder.encode(tables[split])[chosen],
             None if part == "test" else task.goal(target[chosen]),
-            augment if part == "train" and not recipe.scouts else None,
+            augment if part == "train" and (not recipe.scouts or args.finetune) else None,
         )
     if args.guide is not None:
         grid = data.size // recipe.network.chip

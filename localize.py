@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from models import Scout, autocast, load_checkpoint, mean_over_views
 from plumbing.backbones import find_stages, run_backbone
+from plumbing.cells import split
 from plumbing.data import MetaEncoder
 from plumbing.files import check_hashes
 from plumbing.images import Frame, frame_of, inside
@@ -83,10 +84,10 @@ class Box:
 
 # ---------------------------------------------------------------- maps
 @torch.no_grad()
-def attention_maps(sources: list, array: np.ndarray, device, views: int = 1, batch_size: int = 16) -> np.ndarray:
-    """Mean attention of several sources: array (N, S, S, 3) uint8 -> float32 (N, h, w)."""
+def attention_maps(sources: list, seen, device, views: int = 1, batch_size: int = 16) -> np.ndarray:
+    """Mean attention of several sources for images uint8 (N, S, S, 3) or a Bag: float32 (N, h, w)."""
     maps = []
-    for image in torch.from_numpy(np.array(array)).permute(0, 3, 1, 2).split(batch_size):
+    for image in split(seen, batch_size):
         each = [source.attention(image.to(device), views) for source in sources]
         maps.append(torch.stack(each).mean(dim=0).float().cpu().numpy())
     return np.concatenate(maps)
@@ -244,14 +245,15 @@ class ClassAttention:
         self.network, self.evidence = network, evidence
 
     def contribution(self, image: torch.Tensor) -> torch.Tensor:
-        """image uint8 (N, 3, S, S) -> share of every chip (N, h, w)."""
-        embedding = self.network.embed(image)
-        attention = self.network.weigh(embedding)
-        pooled = (embedding * attention.unsqueeze(1)).sum(dim=(2, 3)).detach()
+        """image uint8 (N, 3, S, S), or a scout's cells -> share of every chip or cell (N, h, w)."""
+        embedding, attention = self.network.take_in(image)
+        pooled = (attention.to(embedding.dtype) @ embedding).detach()
         with torch.enable_grad():
-            logit = self.network.head(pooled.requires_grad_())
+            logit = self.network.answer(pooled.requires_grad_())
             (gradient,) = torch.autograd.grad((self.evidence(logit.detach()) * logit).sum(), pooled)
-        return normalised(torch.einsum("nchw,nc->nhw", embedding, gradient).clamp_min(0))
+        share = torch.einsum("nbc,nhc->nhb", embedding, gradient).clamp_min(0)
+        looked = attention.mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)  # the heads' shares are added up
+        return normalised(self.network.on_map((attention * share).mean(dim=1) / looked, image))
 
     def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
         """image uint8 (N, 3, S, S) -> attention (N, h, w)."""
@@ -488,12 +490,12 @@ class Finder:
         how = {key: facts[key] for key in ("rule", "num_devs", "centre", "views", "frame", "box_size")}
         return cls(sources, **how, scout=network if isinstance(network, Scout) else None)
 
-    def maps(self, array: np.ndarray, device, sizes=(), folds=None, amp: str = "off", batch_size: int = 16):
-        """Maps (N, h, w) of images (N, S, S, 3) uint8, or of cells (N, G, G, C): the mean over the sources of some
+    def maps(self, seen, device, sizes=(), folds=None, amp: str = "off", batch_size: int = 16):
+        """Maps (N, h, w) of images uint8 (N, S, S, 3), or of cells (a Bag): the mean over the sources of some
         folds, or of all; 0 on the padding. sizes: (width, height) of the originals, unless the frame is "square"."""
         sources = [self.sources[k] for k in folds or self.sources]
         with autocast(torch.device(device), amp):
-            maps = attention_maps(sources, array, device, self.views, batch_size)
+            maps = attention_maps(sources, seen, device, self.views, batch_size)
         if self.frame == "square":  # there is no padding
             return maps
         for attention, size in zip(maps, sizes, strict=True):

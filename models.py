@@ -8,12 +8,13 @@ References:
     C. Careaga, attention_guided_cropping (2020): MetaResNet and ChipNet, their learning rates.
     Guan et al., Diagnose like a Radiologist (AG-CNN), 2018: the fusion of whole image and crop.
     Ilse, Tomczak, Welling, Attention-based Deep Multiple Instance Learning, ICML 2018: the scout's pooling.
+    Bergner, Lippert, Mahendran, Iterative Patch Selection, ICLR 2023: training through the best tiles alone.
 """
 
 import hashlib
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from torch.nn import functional as F
 
 import fsg
 from plumbing.backbones import find_stages, load_backbone, make_backbone, read_torch_file, run_backbone
+from plumbing.cells import Bag, place_tiles
 from plumbing.files import FORMAT, atomic
+from plumbing.images import inside
 from plumbing.speedups import fold_batchnorms, skip_padding
 from tasks import Task
 from util import InputError
@@ -47,6 +50,11 @@ class Spec:
     gates: str | None = None  # "identity", "paper" or "hard": Feature-Selection Gates in the backbone
     scout_size: int = 1280  # of a scout: long side of what it sees, in pixels
     strides: tuple[int, ...] = (16, 32)  # of the feature maps that it reads
+    tile: int = 0  # side in pixels of the tiles that it reads instead, if not 0
+    finetune: str | None = None  # "all" of its backbone, or the "last" stage
+    top_m: int = 0  # tiles that it pools, if not 0
+    heads: int = 1  # of its attention; 0: one for each output
+    place: bool = False  # whether its attention depends on where a cell lies
 
 
 # ---------------------------------------------------------------- networks
@@ -210,6 +218,19 @@ class ChipNet(Network):
             rows.append(torch.stack(row, dim=-1).flatten(2))  # (N, h, 2w)
         return spatial_softmax(torch.stack(rows, dim=2).flatten(1, 2))
 
+    def take_in(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of chips (N, B, C) and the attention of one head (N, 1, B)."""
+        embedding = self.embed(image)
+        return embedding.flatten(2).transpose(1, 2), self.weigh(embedding).flatten(1).unsqueeze(1)
+
+    def answer(self, pooled: torch.Tensor) -> torch.Tensor:
+        """What the head has pooled (N, 1, C) -> logit (N, K)."""
+        return self.head(pooled.squeeze(1))
+
+    def on_map(self, value: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Values of chips (N, B) on their grid (N, h, w)."""
+        return value.unflatten(1, (image.shape[-1] // CHIP, -1))
+
     def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
         """Attention averaged over the first `views` symmetries of the square, positive, sums to 1: (N, h, w), or
         (N, 2h, 2w) with self.shifts 2."""
@@ -224,53 +245,103 @@ class ChipNet(Network):
         return (logit, attention) if with_attention else logit
 
 
-class Scout(ChipNet):
-    """ChipNet's attention over a picture at nearly its own resolution. A frozen backbone runs over the whole picture
-    once (plumbing/cells.py keeps what it finds), its feature maps are brought to the coarsest of their strides and
-    joined, and gated attention pools the cells. The backbone of --weights none is the same in every fold."""
+class Scout(Network):
+    """Attention over a picture at nearly its own resolution, by gated attention pooling of its cells. A cell is a place
+    in the feature maps of a frozen backbone that has run over the whole picture (the maps brought to the coarsest of
+    their strides and joined), or with spec.tile a tile of the picture that the backbone sees alone; areas of one colour
+    have none. Cells of a frozen backbone are made once (plumbing/cells.py), and with --weights none it is the same in
+    every fold. A backbone that is trained (spec.finetune) sees the spec.top_m best tiles only."""
 
-    shift = 0
+    uses_meta = False
     foldable = False  # feature maps are read by the names of modules
+    PIECE = 400_000  # pixels that the backbone sees at a time without gradients, in tiles
 
     def __init__(self, spec: Spec, weights: str = "none"):
-        self.cell, self.scout_size = max(spec.strides), spec.scout_size
-        self.grid = self.scout_size // self.cell  # cells along a side of the square that holds a picture
-        if spec.scout_size % self.cell:
+        self.scout_size, self.tile, self.finetune, self.top_m = spec.scout_size, spec.tile, spec.finetune, spec.top_m
+        self.cell = spec.tile or max(spec.strides)
+        self.unit = 1 if spec.tile else self.cell  # pixels; the picture is read in whole ones
+        self.piece = max(1, self.PIECE // self.cell**2)  # tiles
+        self.grid = round(self.scout_size / self.cell)  # cells along a side of the square that holds a picture
+        if self.scout_size % self.unit or self.grid == 0:
             raise InputError(f"--scout_size {spec.scout_size} is no multiple of {self.cell}; pass one")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            Network.__init__(self, spec, weights)
-        self.backbone.requires_grad_(False).eval()
-        stages = find_stages(self, torch.zeros(1, 3, 8 * CHIP, 8 * CHIP), spec.strides)
-        self.stages = {stride: stages[stride] for stride in sorted(spec.strides)}
-        with torch.no_grad():
-            self.channels = self.cells(torch.zeros(1, 3, self.cell, self.cell)).shape[-1]
+        if spec.finetune and not spec.tile:
+            raise InputError("--finetune trains a backbone on tiles; pass --tile, their side in pixels")
+        with torch.random.fork_rng(devices=[], enabled=not spec.finetune):
+            if not spec.finetune:
+                torch.manual_seed(0)
+            super().__init__(replace(spec, image_size=spec.tile or spec.image_size), weights)
+        self.backbone.requires_grad_(spec.finetune == "all").eval()
+        self.stages, self.channels = {}, self.features
+        if not spec.tile or spec.finetune == "last":
+            strides = (16, 32) if spec.tile else spec.strides
+            found = find_stages(self, torch.zeros(1, 3, 8 * CHIP, 8 * CHIP), strides)
+            self.stages = {stride: found[stride] for stride in sorted(strides)}
+        if spec.finetune == "last":
+            names = [name for name, _ in self.backbone.named_parameters()]
+            last = max(i for i, name in enumerate(names) if name.startswith(f"{self.stages[16]}."))
+            for parameter in list(self.backbone.parameters())[last + 1 :]:
+                parameter.requires_grad_()
+        if not spec.tile:
+            with torch.no_grad():
+                self.channels = self.read_maps(torch.zeros(1, 3, self.cell, self.cell)).shape[-1]
+        self.kept, self.shape = (np.uint8, (3, spec.tile, spec.tile)) if spec.finetune else (np.float16, self.channels)
+        heads = spec.heads or spec.outputs
         self.trunk = nn.Sequential(
             nn.BatchNorm1d(self.channels, affine=False),  # channels differ a hundredfold; without it nothing is learned
             nn.Linear(self.channels, spec.hidden), nn.LayerNorm(spec.hidden), nn.GELU(), nn.Dropout(spec.dropout),
         )  # fmt: skip
         self.look, self.gate = nn.Linear(spec.hidden, spec.hidden), nn.Linear(spec.hidden, spec.hidden)
-        self.scorer = nn.Linear(spec.hidden, 1)
-        self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.hidden, spec.outputs))
+        self.scorer = nn.Linear(spec.hidden, heads)
+        self.slope = nn.Linear(2, heads, bias=False) if spec.place else None
+        self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.hidden * (spec.heads or 1), spec.outputs))
+        self.own_heads = spec.heads == 0  # every output has one
 
     def train(self, mode: bool = True) -> "Scout":
-        """Train the head; the backbone stays as it is."""
+        """Train the head; a backbone that is not trained as a whole keeps the statistics of its batch norms."""
         super().train(mode)
-        self.backbone.eval()
+        self.backbone.train(mode and self.finetune == "all")
         return self
 
     def param_groups(self, lr: float, head_lr: float, layer_decay: float | None = None) -> list[dict]:
-        """All parameters but the backbone's."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": head_lr}]
+        """Parameters of the backbone that are trained at `lr`, if any, and those of the head at `head_lr`."""
+        groups = {True: [], False: []}
+        for name, parameter in self.named_parameters():
+            groups[name.startswith("backbone.")] += [parameter] * parameter.requires_grad
+        both = [{"params": groups[True], "lr": lr}, {"params": groups[False], "lr": head_lr}]
+        return [group for group in both if group["params"]]
 
+    # ---- from pictures to cells
     def fingerprint(self) -> str:
         """Hash of all that cells depend on but the picture."""
-        digest = hashlib.sha256(repr((self.scout_size, self.stages)).encode())
-        for name, value in self.backbone.state_dict().items():
+        digest = hashlib.sha256(repr((self.scout_size, self.tile, self.stages if not self.tile else {})).encode())
+        for name, value in {} if self.finetune else self.backbone.state_dict().items():
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def cells(self, image: torch.Tensor) -> torch.Tensor:
+    def bytes_of(self, size: tuple[int, int]) -> int:
+        """Bytes that the cells of a picture of size (width, height) take, if none of them is of one colour."""
+        spans = inside(size, self.scout_size, self.scout_size // self.unit)
+        cells = math.prod(-(-(span.stop - span.start) * self.unit // self.cell) for span in spans)
+        return cells * math.prod(np.atleast_1d(self.shape)) * np.dtype(self.kept).itemsize
+
+    @torch.inference_mode()
+    def take_apart(self, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Picture uint8 (H, W, 3) -> values of its cells (B, *shape), their middles (row, column) in pixels (B, 2)."""
+        device = self.mean.device
+        if not self.tile:
+            maps = self.read_maps(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].to(device))[0]
+            middles = (np.indices(maps.shape[:2]).reshape(2, -1).T + 0.5) * self.cell
+            return as_half(maps.flatten(0, 1)), middles
+        missing = np.maximum(self.tile - np.array(picture.shape[:2]), 0)
+        picture = np.pad(picture, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="symmetric")
+        corners = place_tiles(picture, self.tile)
+        tiles = np.stack([picture[y : y + self.tile, x : x + self.tile] for y, x in corners]).transpose(0, 3, 1, 2)
+        if not self.finetune:
+            pieces = torch.from_numpy(tiles).split(self.piece)
+            tiles = as_half(torch.cat([self.backbone(self.normalise(piece.to(device))) for piece in pieces]))
+        return tiles, corners + self.tile / 2
+
+    def read_maps(self, image: torch.Tensor) -> torch.Tensor:
         """Pictures uint8 (N, 3, h * cell, w * cell) -> features of cells (N, h, w, C): of a finer map the mean and
         the maximum in every cell."""
         names = list(self.stages.values())
@@ -282,25 +353,73 @@ class Scout(ChipNet):
             parts += [pool(outputs[name], fine) for pool in pools]
         return torch.cat(parts, dim=1).permute(0, 2, 3, 1)
 
-    def embed(self, image: torch.Tensor) -> torch.Tensor:
-        """Cells (N, C, h, w), NaN where there is none -> embeddings (N, D, h, w), 0 there."""
-        cells = image.permute(0, 2, 3, 1)
-        known = ~cells[..., 0].isnan()
-        found = self.trunk(cells[known].float())
+    # ---- from cells to answers
+    def embed(self, bag: Bag) -> torch.Tensor:
+        """Embeddings of cells (N, B, D), 0 where there is none."""
+        known = ~bag.place[..., 0].isnan()
+        values = bag.values[known]
+        if self.finetune:
+            pieces = [values] if torch.is_grad_enabled() else values.split(self.piece)
+            values = torch.cat([self.backbone(self.normalise(piece)) for piece in pieces])
+        found = self.trunk(values.float())
         embedding = found.new_zeros(*known.shape, found.shape[-1])
         embedding[known] = found
-        return embedding.permute(0, 3, 1, 2)
+        return embedding
 
-    def weigh(self, embedding: torch.Tensor) -> torch.Tensor:
-        """Embeddings (N, D, h, w) -> attention (N, h, w), sums to 1; none where all of an embedding is 0. Ilse et al.
-        2018, equation 9."""
-        x = embedding.permute(0, 2, 3, 1)
-        score = self.scorer(self.look(x).tanh() * self.gate(x).sigmoid()).squeeze(-1).float()
-        return spatial_softmax(score.masked_fill((x == 0).all(dim=-1), NOTHING))
+    def score(self, embedding: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, B, D) and places (N, B, 2) -> what every head thinks of a cell before the softmax (N, H, B).
+        Ilse et al. 2018, equation 9."""
+        score = self.scorer(self.look(embedding).tanh() * self.gate(embedding).sigmoid()).float()
+        if self.slope is not None:
+            score = score + self.slope(place.nan_to_num() * self.grid).float()
+        return score.masked_fill(place[..., :1].isnan(), NOTHING).transpose(1, 2)
 
-    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
-        """Cells (N, C, h, w) -> attention (N, h, w). Views are all alike, since cells are pooled wherever they lie."""
-        return self.weigh(self.embed(image))
+    def find_best(self, score: torch.Tensor) -> torch.Tensor:
+        """Scores (N, H, B) -> the spec.top_m cells with most attention of all heads (N, M)."""
+        return score.softmax(dim=2).mean(dim=1).topk(self.top_m).indices
+
+    def weigh(self, embedding: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, B, D) and places (N, B, 2) -> attention of every head (N, H, B), sums to 1; none where there
+        is no cell, and where spec.top_m others are better."""
+        score = self.score(embedding, place)
+        if self.top_m and self.top_m < score.shape[2]:
+            others = torch.ones_like(place[..., 0], dtype=torch.bool).scatter(1, self.find_best(score), False)
+            score = score.masked_fill(others.unsqueeze(1), NOTHING)
+        return score.softmax(dim=2)
+
+    def take_in(self, bag: Bag) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings of cells (N, B, D) and the attention of every head (N, H, B)."""
+        embedding = self.embed(bag)
+        return embedding, self.weigh(embedding, bag.place)
+
+    def answer(self, pooled: torch.Tensor) -> torch.Tensor:
+        """What every head has pooled (N, H, D) -> logit (N, K)."""
+        if not self.own_heads:
+            return self.head(pooled.flatten(1))
+        dropout, linear = self.head
+        return (dropout(pooled) * linear.weight).sum(dim=2) + linear.bias
+
+    def forward(self, bag: Bag, meta: torch.Tensor) -> torch.Tensor:
+        """Cells of N pictures -> logit (N, K)."""
+        embedding, attention = self.take_in(bag)
+        return self.answer(attention.to(embedding.dtype) @ embedding)
+
+    def on_map(self, value: torch.Tensor, bag: Bag) -> torch.Tensor:
+        """Values of cells (N, B) added up where the cells lie: (N, grid, grid)."""
+        row, column = (bag.place.nan_to_num() * self.grid).long().clamp(0, self.grid - 1).unbind(dim=2)
+        square = value.new_zeros(len(value), self.grid * self.grid)
+        return square.scatter_add(1, row * self.grid + column, value).view(-1, self.grid, self.grid)
+
+    def attention(self, bag: Bag, views: int = 1) -> torch.Tensor:
+        """Mean attention of all heads (N, grid, grid), sums to 1. Views are all alike: cells are pooled wherever they
+        lie."""
+        return self.on_map(self.take_in(bag)[1].mean(dim=1), bag)
+
+
+def as_half(values: torch.Tensor) -> np.ndarray:
+    """Features as float16, cut off at its range."""
+    limit = np.finfo(np.float16).max
+    return values.float().clamp(-limit, limit).half().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -405,8 +524,9 @@ def dihedral(x: torch.Tensor, view: int, inverse: bool = False) -> torch.Tensor:
     return x
 
 
-def mean_over_views(attend, image: torch.Tensor, views: int) -> torch.Tensor:
-    """attend(image) -> (N, h, w), averaged over the first `views` symmetries of the square."""
+def mean_over_views(attend, image: torch.Tensor | Bag, views: int) -> torch.Tensor:
+    """attend(image) -> (N, h, w), averaged over the first `views` symmetries of the square; cells have one."""
+    views = 1 if isinstance(image, Bag) else views
     maps = [dihedral(attend(dihedral(image, view)), view, inverse=True) for view in range(views)]
     return torch.stack(maps).mean(dim=0)
 

@@ -30,7 +30,7 @@ import util
 from blends import BLENDS, average_of
 from calibration import calibrated
 from localize import Box, Finder, upsample
-from plumbing.cells import on_square, part_of, read_cells
+from plumbing.cells import Bag, read_cells, split
 from plumbing.data import CORNERS, MetaEncoder, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
@@ -73,17 +73,15 @@ class Images:
     squares: np.ndarray  # uint8 (N, S, S, 3)
     sizes: list[tuple[int, int]]  # of the originals, (width, height)
     looks: dict[str, Look] = field(default_factory=dict)  # by what found them: members of a blend may share one
-    cells: dict[str, np.ndarray] = field(default_factory=dict)  # by the scout that made them: float16 (N, G, G, C)
+    cells: dict[str, Bag] = field(default_factory=dict)  # by the scout that made them
 
-    def seen_by(self, scout: models.Scout | None, device: torch.device) -> np.ndarray:
+    def seen_by(self, scout: models.Scout | None) -> np.ndarray | Bag:
         """What networks look at: the squares, or for a scout the cells of the originals, made once."""
         if scout is None:
             return self.squares
         key = fingerprint_of(scout)
         if key not in self.cells:
-            cells = [(read_cells(scout, path, size, device), part_of(scout, size))
-                     for path, size in zip(self.paths, self.sizes, strict=True)]  # fmt: skip
-            self.cells[key] = np.stack([on_square(*pair, scout.grid) for pair in cells])
+            self.cells[key] = Bag.stack([read_cells(scout, *pair) for pair in zip(self.paths, self.sizes, strict=True)])
         return self.cells[key]
 
 
@@ -122,7 +120,7 @@ class Single:
         """Where this run looks, found once per set of images; None if it does not look anywhere in particular."""
         if self.finder is not None and self.key not in images.looks:
             amp = self.amp if self.crop is None else self.crop["amp"]
-            seen = images.seen_by(self.finder.scout, self.device)
+            seen = images.seen_by(self.finder.scout)
             maps = self.finder.maps(seen, self.device, images.sizes, amp=amp, batch_size=BATCH)
             boxes = [self.finder.box(*pair) for pair in zip(maps, images.sizes, strict=True)]
             with ThreadPoolExecutor(util.CPUS) as pool:
@@ -133,16 +131,15 @@ class Single:
 
     def predict(self, images: Images, found: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
         """Predictions (N, K) by fold; their mean goes into `found` under the run's name."""
-        array, table = images.seen_by(self.scout, self.device), images.table
+        seen, table = images.seen_by(self.scout), images.table
         if self.crop is not None:
             look = self.look(images)
             table = table.assign(**{BOX_SIDE: [box.side for box in look.boxes] / np.min(images.sizes, axis=1)})
-            array = np.concatenate([array, look.crops], axis=3) if len(self.inputs) > 1 else look.crops
+            seen = np.concatenate([seen, look.crops], axis=3) if len(self.inputs) > 1 else look.crops
         probs = {}
         for k, network in self.networks.items():
-            pixels = torch.from_numpy(array).permute(0, 3, 1, 2).split(BATCH)
             meta = torch.from_numpy(self.encoders[k].encode(table)).split(BATCH)
-            loader = zip(pixels, meta, strict=True)
+            loader = zip(split(seen, BATCH), meta, strict=True)
             probs[k] = models.predict(network, self.tasks[k], loader, self.device, self.tta, self.amp)
         found[self.name] = np.mean(list(probs.values()), axis=0)
         return probs

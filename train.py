@@ -100,6 +100,7 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
         routing.scale_lr(lr_factor(args.schedule, epoch, args.epochs))
 
         # ---- train one epoch
+        train.choose(model, models.autocast(device, args.amp))
         model.train()
         losses, counts, before = [], [], None
         bar = tqdm(loader.epoch(seed), desc=where, leave=False, unit="batch", disable=None if team.leads else True)
@@ -155,6 +156,7 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
 
 def predict(model: models.Network, task: Task, loader, args, team: Team, tta: int = 1) -> np.ndarray:
     """Predictions of a whole data set (N, K), of which every process loads and predicts its own rows."""
+    loader.dataset.dataset.choose(model, models.autocast(team.device, args.amp))
     return team.gather(models.predict(model, task, loader, team.device, tta, args.amp), len(loader.dataset.dataset))
 
 
@@ -271,8 +273,8 @@ def make_spec(args: argparse.Namespace, data: Data, meta_dim: int = 0) -> models
     """What models.build_model needs to rebuild the network."""
     sizes = {"image_size": data.size, "meta_dim": meta_dim, "outputs": len(data.task.names)}
     parts = {"hidden": args.hidden, "dropout": args.dropout, "gates": args.gate_init}
-    parts |= {"scout_size": args.scout_size, "strides": tuple(args.stride)}
-    return models.Spec(args.model, args.backbone, **sizes, **parts)
+    parts |= {key: getattr(args, key) for key in ("scout_size", "tile", "finetune", "top_m", "heads", "place")}
+    return models.Spec(args.model, args.backbone, **sizes, **parts, strides=tuple(args.stride))
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -294,9 +296,9 @@ def main(args: argparse.Namespace) -> Path:
     opened = runs.open_run(run_dir, config | provenance(), folds, args.resume, args.overwrite) if team.leads else None
     folds = team.from_leader(opened)
     if models.MODELS[args.model].scouts:
-        data.cells = make_cells(network.to(team.device), data, team.device, util.CPUS) if team.leads else {}
+        data.cells = make_cells(network.to(team.device), data, util.CPUS) if team.leads else {}
         team.wait()
-        data.cells = data.cells or make_cells(network, data, team.device, util.CPUS)
+        data.cells = data.cells or make_cells(network, data, util.CPUS)
     # folds side by side if every process gets as many, else all processes together on one fold after the other
     together = Team(team.device) if len(folds) % team.size == 0 else team
     if together.size == 1:
@@ -335,6 +337,7 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="of a scout: longest side of what it sees, in pixels")
     data("--stride", type=int, nargs="+", choices=(8, 16, 32), default=list(models.Spec.strides),
          help="of a scout: of its feature maps")
+    data("--tile", type=util.number(int, 0), default=0, help="of a scout: side in pixels of tiles that it reads instead")
     data("--limit", type=count, help="use this many images per class: a dry run")
     fit = parser.add_argument_group("optimisation").add_argument
     fit("--fold", nargs="+", default=["all"], help="held-out folds from 0, or all")
@@ -351,6 +354,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     fit("--guide", type=Path, help="crops of crop.py --source saliency whose maps the attention should resemble")
     fit("--guide_weight", type=positive, default=1.0, help="of that likeness")
     extra = parser.add_argument_group("extras").add_argument
+    extra("--heads", type=util.number(int, 0), default=1, help="of a scout: of its attention; 0: one for each class")
+    extra("--place", action="store_true", help="of a scout: its attention may depend on where a cell lies")
+    extra("--finetune", choices=("last", "all"), help="of a scout with --tile: stages of its backbone to train")
+    extra("--top_m", type=util.number(int, 0), default=0, help="of a scout: tiles of a picture to train on [all]")
     extra("--pos_weight", type=positive, nargs="+", default=[1.0], help="of positives in the loss, or of each class")
     extra("--label_smoothing", type=share, default=0.0, help="share of all labels in every target")
     extra("--mixup", type=positive, default=0.0, help="mix pairs of a batch, or of its parts, by Beta(MIXUP, MIXUP)")

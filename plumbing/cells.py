@@ -1,119 +1,209 @@
-"""Cells: what a frozen network sees in large pictures, computed once and kept beside the data.
+"""Cells: what a scout reads of large pictures, prepared once and kept beside the data.
 
-A picture is read whole, at most scout_size pixels long and never enlarged, and the network runs over it once. Of the
-square of cells that frame_of(..., scout_size) describes, those that lie in the picture are kept as float16. The network
-(models.Scout) has cells(image) -> (N, h, w, C), one for every `cell` pixels, a `scout_size` of `grid` cells, and a
-fingerprint().
+A picture is read whole, at most scout_size pixels long and never enlarged. The scout (models.Scout) takes it apart:
+scout.take_apart(picture) -> (values (B, ...), middles (B, 2)), of dtype scout.kept and shape scout.shape. That are
+features of a frozen network on a grid, or the pixels of tiles for a network that is trained with the head. They are
+kept in one file per picture. A Bag holds the cells of some pictures, of which not all have the same number.
 """
 
 import hashlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from plumbing.arrays import Filling, PartialArray
 from plumbing.data import Data
-from plumbing.files import finish_output, open_output, provenance, read_json
+from plumbing.files import atomic, finish_output, open_output, provenance, read_json, remove
 from plumbing.images import inside, read_square
 from util import ID, InputError
 
 MARKER = "cells.json"
 ONE_AT_A_TIME = threading.Lock()  # hooks of a network see whatever runs through it; threads read, one forwards
 THINNEST = 8  # pixels of the short side once the long one is scout_size
+NEAR = 2  # pixels by which things grow when it is asked whether they touch
 
 
-def part_of(network, size: tuple[int, int]) -> tuple[slice, slice]:
-    """Rows and columns of the square of cells that lie in a picture of size (width, height)."""
-    return inside(size, network.scout_size, network.grid)
+class Bag(NamedTuple):
+    """Cells of a picture, or with a first dimension N of several."""
+
+    values: torch.Tensor  # (B, C) features, or uint8 (B, 3, T, T) pixels
+    place: torch.Tensor  # float32 (B, 2): row and column of the middle, in sides of the square; NaN: there is no cell
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Bag":
+        """The same on a device."""
+        return Bag(*(part.to(device, non_blocking=non_blocking) for part in self))
+
+    @classmethod
+    def of(cls, cells: np.ndarray, size: int) -> "Bag":
+        """Cells of one picture as kept, filled up to `size`."""
+        values = np.zeros((size, *cells["values"].shape[1:]), cells["values"].dtype)
+        place = np.full((size, 2), np.nan, np.float32)
+        values[: len(cells)], place[: len(cells)] = cells["values"], cells["place"]
+        return cls(torch.from_numpy(values), torch.from_numpy(place))
+
+    @classmethod
+    def stack(cls, pictures: list[np.ndarray]) -> "Bag":
+        """Cells of several pictures as kept."""
+        most = max(map(len, pictures))
+        return cls(*(torch.stack(parts) for parts in zip(*(cls.of(cells, most) for cells in pictures), strict=True)))
 
 
-def check_shape(network, name, size: tuple[int, int]) -> None:
+def split(seen: "np.ndarray | Bag", size: int) -> list:
+    """Parts of at most `size` pictures, as networks take them: of images uint8 (N, S, S, 3) or of a Bag."""
+    if isinstance(seen, Bag):
+        return [Bag(*parts) for parts in zip(*(part.split(size) for part in seen), strict=True)]
+    return list(torch.from_numpy(np.array(seen)).permute(0, 3, 1, 2).split(size))
+
+
+# ---------------------------------------------------------------- one picture
+def check_shape(scout, name, size: tuple[int, int]) -> None:
     """Raise InputError if a picture of size (width, height) is a line once it is shrunk."""
-    if min(size) * min(1, network.scout_size / max(size)) < THINNEST:
-        words = f"{name} is {size[0]} x {size[1]} px, a line at --scout_size {network.scout_size}"
+    if min(size) * min(1, scout.scout_size / max(size)) < THINNEST:
+        words = f"{name} is {size[0]} x {size[1]} px, a line at --scout_size {scout.scout_size}"
         raise InputError(f"{words}; leave it out")
 
 
-def read_cells(network, path: Path, size: tuple[int, int], device: torch.device) -> np.ndarray:
-    """Cells of a picture of size (width, height): float16 (h, w, C). Raises InputError if it is a line, or of another
-    size now."""
-    check_shape(network, path, size)
-    square, found = read_square(path, network.scout_size, frame=network.scout_size)
+def read_cells(scout, path: Path, size: tuple[int, int]) -> np.ndarray:
+    """Cells of a picture of size (width, height): (B,) with fields place and values, as in Bag. Raises InputError if it
+    is a line, or of another size now."""
+    check_shape(scout, path, size)
+    square, found = read_square(path, scout.scout_size, frame=scout.scout_size)
     if found != tuple(size):
         now, known = ("{} x {}".format(*each) for each in (found, size))
         raise InputError(f"{path} is {now} px, not {known} as when it was preprocessed; preprocess again")
-    rows, columns = (slice(part.start * network.cell, part.stop * network.cell) for part in part_of(network, size))
-    picture = torch.from_numpy(square[rows, columns].copy()).permute(2, 0, 1)[None]
-    with ONE_AT_A_TIME, torch.inference_mode():
-        cells = network.cells(picture.to(device))[0].float().cpu().numpy()
-    limit = np.finfo(np.float16).max
-    return np.clip(cells, -limit, limit).astype(np.float16)
+    rows, columns = inside(size, scout.scout_size, scout.scout_size // scout.unit)
+    start = np.array([rows.start, columns.start]) * scout.unit
+    end = np.array([rows.stop, columns.stop]) * scout.unit
+    with ONE_AT_A_TIME:
+        values, middles = scout.take_apart(square[start[0] : end[0], start[1] : end[1]])
+    cells = np.empty(len(values), [("place", np.float32, 2), ("values", scout.kept, scout.shape)])
+    cells["place"], cells["values"] = (start + middles) / scout.scout_size, values
+    return cells
 
 
-def on_square(cells: np.ndarray, part: tuple[slice, slice], grid: int) -> np.ndarray:
-    """Cells (h, w, C) of a picture in their part of the square: float16 (G, G, C), NaN around them."""
-    square = np.full((grid, grid, cells.shape[-1]), np.nan, np.float16)
-    square[part] = cells
-    return square
+def spread(start: int, length: int, tile: int, end: int) -> np.ndarray:
+    """Where as few tiles as possible start that cover [start, start + length) inside [0, end)."""
+    count = -(-length // tile)
+    first = np.clip(start + (length - count * tile) // 2, 0, max(end - tile, 0))
+    return np.clip(first + tile * np.arange(count), 0, max(end - tile, 0))
 
 
+def place_tiles(picture: np.ndarray, tile: int) -> np.ndarray:
+    """Upper left corners (B, 2) of tiles that hold all of a picture (H, W, 3) but areas of one colour. If a tile of the
+    plain grid is of one colour, that is the background, and whatever stands before it gets tiles of its own, unless
+    that takes more of them than the grid has."""
+    size = picture.shape[:2]
+
+    def cover(y: int, x: int, height: int, width: int) -> list:
+        return [(row, column) for row in spread(y, height, tile, size[0]) for column in spread(x, width, tile, size[1])]
+
+    def is_plain(corner) -> bool:
+        part = picture[corner[0] : corner[0] + tile, corner[1] : corner[1] + tile]
+        return bool((part == part[0, 0]).all())
+
+    grid = cover(0, 0, *size)
+    plain = next((corner for corner in grid if is_plain(corner)), None)
+    if plain is not None:
+        color = tuple(map(int, picture[plain]))
+        thing = cv2.copyMakeBorder(255 - cv2.inRange(picture, color, color), *[NEAR] * 4, cv2.BORDER_CONSTANT)
+        thing = cv2.dilate(thing, np.ones((2 * NEAR + 1,) * 2, np.uint8))
+        found = cv2.connectedComponentsWithStats(thing, connectivity=8)[2][1:, :4] - [0, 0, 2 * NEAR, 2 * NEAR]
+        things = [corner for x, y, width, height in found for corner in cover(y, x, height, width)]
+        grid = min(grid, things or [plain], key=len)
+    return np.array([corner for corner in grid if not is_plain(corner)] or grid[:1])
+
+
+# ---------------------------------------------------------------- all pictures
 class Cells:
-    """Cells of the pictures of a table on disk: float16 (n, G, G, C), NaN where a picture has none. Plain reads, and it
-    pickles small, as plumbing.arrays.Rows. parts: part_of every picture."""
+    """Cells of the pictures of a table on disk, read when they are asked for. most: of one picture."""
 
-    def __init__(self, path: Path, parts: list[tuple[slice, slice]], grid: int, channels: int):
-        self.path, self.parts, self.grid, self.channels = path, parts, grid, channels
-        counts = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in parts]
-        self.starts = np.concatenate([[0], np.cumsum(counts)])  # of every picture's cells in the file, and their end
+    def __init__(self, folder: Path, n_rows: int):
+        self.folder, self.n_rows, self.most = folder, n_rows, 0
+        self.best = torch.empty(0)  # numbers of the cells of every row that are read, if not all: (n_rows, M)
 
-    def __getitem__(self, rows: int | np.ndarray) -> np.ndarray:
-        """Cells of some rows, or of one: float16 (len(rows), G, G, C) or (G, G, C)."""
-        offset, squares = np.load(self.path, mmap_mode="r", allow_pickle=False).offset, []
-        with open(self.path, "rb") as file:
-            for row in np.ravel(rows):
-                height, width = (span.stop - span.start for span in self.parts[row])
-                file.seek(offset + int(self.starts[row]) * self.channels * 2)  # bytes of a float16
-                cells = np.fromfile(file, np.float16, height * width * self.channels)
-                squares.append(on_square(cells.reshape(height, width, -1), self.parts[row], self.grid))
-        return squares[0] if np.ndim(rows) == 0 else np.stack(squares)
+    def path(self, row: int) -> Path:
+        """Where the cells of a row lie."""
+        return self.folder / f"{row}.npy"
 
-    def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        """Cells of a row, as a source of dataset.ImageDataset: float16 (G, G, C)."""
-        return self[row]
+    def read(self, row: int) -> np.ndarray:
+        """Cells of a row, all or the best: (B,) with fields place and values."""
+        cells = np.load(self.path(row), mmap_mode="r" if len(self.best) else None, allow_pickle=False)
+        return cells[np.sort(self.best[row])] if len(self.best) and len(cells) > self.best.shape[1] else np.array(cells)
+
+    def __getitem__(self, rows: np.ndarray) -> Bag:
+        """Cells of some rows."""
+        return Bag.stack([self.read(row) for row in rows])
+
+    def __call__(self, row: int, rng: np.random.Generator) -> Bag:
+        """Cells of a row, as a source of dataset.ImageDataset."""
+        return Bag.of(self.read(row), self.best.shape[1] if len(self.best) else self.most)
+
+    @torch.no_grad()
+    def choose(self, scout, rows: np.ndarray, amp: torch.autocast) -> None:
+        """Read only the best scout.top_m cells of some rows from now on, in loader processes too. They are scored a few
+        at a time, so that memory does not grow with the picture."""
+        if not scout.top_m or self.most <= scout.top_m:
+            return
+        if not len(self.best):
+            self.best = torch.zeros(self.n_rows, scout.top_m, dtype=torch.long).share_memory_()
+        scout.eval()
+        for row in tqdm(rows, desc="best cells", unit="picture", leave=False):
+            cells, parts = np.load(self.path(row), mmap_mode="r", allow_pickle=False), []
+            for start in range(0, len(cells), scout.piece):  # plain reads: touched pages of a map count as memory
+                where = {"count": min(scout.piece, len(cells) - start), "offset": cells.offset + start * cells.itemsize}
+                bag = Bag.stack([np.fromfile(self.path(row), cells.dtype, **where)]).to(scout.mean.device)
+                with amp:
+                    parts.append(scout.score(scout.embed(bag), bag.place))
+            if len(cells) > scout.top_m:
+                self.best[row] = scout.find_best(torch.cat(parts, dim=2))[0].cpu()
 
 
-def make_cells(network, data: Data, device: torch.device, workers: int, image_dirs: list[Path] | None = None) -> dict:
+def make_cells(scout, data: Data, workers: int, image_dirs: list[Path] | None = None) -> dict[str, Cells]:
     """Cells of the pictures of a data directory by split, computed unless they are there. They lie in cells/ below it,
-    in a folder for this network and these pictures; a stopped call goes on."""
-    facts = {"network": network.fingerprint(), "pictures": data.facts["sha256"], "scout_size": network.scout_size}
-    key = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:12]
-    folder, found, sizes_of = data.directory / "cells" / key, {}, {}
-    for split, table in data.tables().items():
-        sizes = list(table[["width", "height"]].itertuples(index=False, name=None))
-        for name, size in zip(table[ID], sizes, strict=True):
-            check_shape(network, name, size)
-        parts = [part_of(network, size) for size in sizes]
-        found[split], sizes_of[split] = Cells(folder / f"{split}.npy", parts, network.grid, network.channels), sizes
-    if (folder / MARKER).exists():
-        read_json(folder / MARKER)
-        return found
-    gigabytes = 2e-9 * network.channels * sum(int(cells.starts[-1]) for cells in found.values())
-    print(f"cells of {sum(map(len, sizes_of.values()))} pictures take {gigabytes:.2f} GB in {folder}")
-    open_output(folder, MARKER, False, facts)
+    in a folder for this scout and these pictures; a stopped call goes on."""
+    facts = {"scout": scout.fingerprint(), "pictures": data.facts["sha256"]}
+    folder = data.directory / "cells" / hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()[:12]
+    found = {split: Cells(folder / split, len(table)) for split, table in data.tables().items()}
+    if not (folder / MARKER).exists():
+        sizes = {split: list(table[["width", "height"]].itertuples(index=False, name=None))
+                 for split, table in data.tables().items()}  # fmt: skip
+        for split, table in data.tables().items():
+            for name, size in zip(table[ID], sizes[split], strict=True):
+                check_shape(scout, name, size)
+        most = sum(scout.bytes_of(size) for each in sizes.values() for size in each) / 1e9
+        print(f"cells of {sum(map(len, sizes.values()))} pictures take up to {most:.2f} GB in {folder}")
+        open_output(folder, MARKER, False, facts)
+        counts = {}
+        for split, cells in found.items():
+            cells.folder.mkdir(exist_ok=True)
+            counts[split] = fill(scout, cells, data.find_originals(split, image_dirs), sizes[split], workers)
+        finish_output(folder, MARKER, facts | {"most": counts} | provenance())
     for split, cells in found.items():
-        paths = data.find_originals(split, image_dirs)
-        array = PartialArray(cells.path, (int(cells.starts[-1]), network.channels), np.float16)
-        filling = Filling(folder / f"{split}_done.npy", [array], len(paths))
-
-        def work(row: int, _, split=split, paths=paths, array=array, cells=cells) -> int:
-            array.write(cells.starts[row], read_cells(network, paths[row], sizes_of[split][row], device))
-            return 1
-
-        with tqdm(total=len(paths), desc=f"cells {split}", unit="image") as bar:
-            filling.run(np.arange(len(paths)), work, workers, bar)
-        array.finish(range(int(cells.starts[-1])))
-    finish_output(folder, MARKER, facts | provenance())
+        cells.most = read_json(folder / MARKER)["most"][split]
     return found
+
+
+def fill(scout, cells: Cells, paths: list[Path], sizes: list[tuple[int, int]], workers: int) -> int:
+    """Write the cells of a split that are not there yet; returns how many the largest picture has."""
+
+    remove(cells.folder, "*.tmp")
+
+    def work(row: int) -> int:
+        path = cells.path(row)
+        if not path.exists():
+            with atomic(path) as new, open(new, "wb") as file:
+                np.save(file, read_cells(scout, paths[row], sizes[row]))
+        return len(np.load(path, mmap_mode="r", allow_pickle=False))
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            done = pool.map(work, range(len(paths)))
+            return max(tqdm(done, desc=cells.folder.name, total=len(paths), unit="picture"))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

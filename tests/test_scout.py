@@ -1,5 +1,9 @@
 """The scout: cells of large pictures, attention over them, crops where it looks, and new images."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pandas as pd
@@ -11,11 +15,11 @@ import models
 import plumbing.cells as cells_of_pictures
 from localize import find_box
 from models import Spec, build_model
-from plumbing.cells import Cells, make_cells, on_square, part_of, read_cells
+from plumbing.cells import Bag, Cells, make_cells, place_tiles, read_cells
 from plumbing.data import read_data
 from plumbing.files import read_json
 from plumbing.images import read_square
-from util import ID, PROB, InputError
+from util import ID, PROB, InputError, Stopped
 
 SCOUT = ["--model", "scout", "--scout_size", 96, "--stride", 16, *SMALL_MODEL]
 SCOUT[SCOUT.index("--tta") + 1] = 1
@@ -32,6 +36,17 @@ def write(path, width, height):
     return path
 
 
+def a_bag(network, *counts, seed=0):
+    """Random cells of pictures, so many of each."""
+    rng, bags = np.random.default_rng(seed), []
+    shape = np.atleast_1d(network.shape)
+    for count in counts:
+        cells = np.empty(count, [("place", np.float32, 2), ("values", network.kept, network.shape)])
+        cells["place"], cells["values"] = rng.random((count, 2)), rng.integers(0, 9, (count, *shape))
+        bags.append(cells)
+    return Bag.stack(bags)
+
+
 def test_the_head_alone_learns_and_starts_from_one_backbone_in_every_fold():
     torch.manual_seed(0)
     one = scout()
@@ -41,9 +56,8 @@ def test_the_head_alone_learns_and_starts_from_one_backbone_in_every_fold():
     assert one.fingerprint() == two.fingerprint() != scout(strides=(32,)).fingerprint()
     assert not torch.equal(one.scorer.weight, two.scorer.weight)
     before = two.fingerprint()
-    image = torch.randn(3, two.channels, 4, 4).half()
     optimizer = torch.optim.Adam(two.param_groups(1e-2, 1e-2))
-    two(image, torch.zeros(3, 0)).square().sum().backward()
+    two(a_bag(two, 16, 12, 3), torch.zeros(3, 0)).square().sum().backward()
     optimizer.step()
     assert two.fingerprint() == before
     learned = {name for name, parameter in two.named_parameters() if parameter.grad is not None}
@@ -54,7 +68,7 @@ def test_cells_are_what_the_backbone_finds_of_a_coarse_and_a_fine_map():
     network = scout().eval()
     picture = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
-        found, maps = network.cells(picture), {}
+        found, maps = network.read_maps(picture), {}
         trunk = network.backbone.stem(network.normalise(picture))
         for block in network.backbone.trunk_output:
             trunk = block(trunk)
@@ -67,38 +81,181 @@ def test_cells_are_what_the_backbone_finds_of_a_coarse_and_a_fine_map():
 
 
 @pytest.mark.parametrize(("width", "height", "rows", "columns"), [
-    (256, 128, (1, 3), (0, 4)), (128, 256, (0, 4), (1, 3)), (64, 64, (1, 3), (1, 3)), (128, 128, (0, 4), (0, 4)),
-    (500, 20, (1, 2), (0, 4))])  # fmt: skip
+    (256, 128, (1, 3), (0, 4)), (128, 256, (0, 4), (1, 3)), (64, 64, (1, 3), (1, 3)), (128, 128, (0, 4), (0, 4))])
 def test_cells_lie_where_their_pixels_lie_and_small_pictures_are_not_enlarged(tmp_path, width, height, rows, columns):
-    network, size = scout().eval(), (width, height)
-    part = part_of(network, size)
-    assert [(span.start, span.stop) for span in part] == [rows, columns]
-    if min(size) > 20:
-        path = write(tmp_path / "a.png", width, height)
-        square = read_square(path, 128, frame=128)[0]
-        inner = square[rows[0] * 32 : rows[1] * 32, columns[0] * 32 : columns[1] * 32]
-        if max(size) <= 128:  # pixel by pixel
-            assert (inner == cv2.imread(str(path))[..., ::-1]).all()
-        with torch.no_grad():
-            expected = network.cells(torch.from_numpy(inner.copy()).permute(2, 0, 1)[None])[0].numpy()
-        found = read_cells(network, path, size, CPU)
-        assert np.allclose(found, expected, rtol=2e-3, atol=1e-3)
-        on = on_square(found, part, network.grid)
-        assert on.shape == (4, 4, network.channels)
-        assert np.isnan(on).all(axis=-1).sum() == 16 - found.shape[0] * found.shape[1]
-
-
-def test_attention_is_on_cells_alone_and_what_surrounds_them_changes_nothing():
-    network = scout().eval()
-    cells = torch.full((2, network.channels, 4, 4), torch.nan).half()
-    cells[0, :, 1:3], cells[1, :, :2, :2] = torch.randn(network.channels, 2, 4).half(), 0.5
+    network, path = scout().eval(), write(tmp_path / "a.png", width, height)
+    inner = read_square(path, 128, frame=128)[0][rows[0] * 32 : rows[1] * 32, columns[0] * 32 : columns[1] * 32]
+    if max(width, height) <= 128:  # pixel by pixel
+        assert (inner == cv2.imread(str(path))[..., ::-1]).all()
     with torch.no_grad():
-        attention, logit = network.attention(cells), network(cells, torch.zeros(2, 0))
-        alone = network(cells[:1, :, 1:3], torch.zeros(1, 0))
+        expected = network.read_maps(torch.from_numpy(inner.copy()).permute(2, 0, 1)[None])[0].numpy()
+    cells = read_cells(network, path, (width, height))
+    assert np.allclose(cells["values"], expected.reshape(-1, network.channels), rtol=2e-3, atol=1e-3)
+    bag, seen = Bag.stack([cells]), np.zeros((4, 4))
+    seen[slice(*rows), slice(*columns)] = np.arange(1, len(cells) + 1).reshape(expected.shape[:2])
+    assert np.array_equal(network.on_map(torch.arange(1.0, len(cells) + 1)[None], bag)[0].numpy(), seen)
+    assert network.bytes_of((width, height)) == cells["values"].nbytes
+
+
+def test_attention_is_on_cells_alone_and_what_fills_up_a_bag_changes_nothing():
+    network = scout(heads=2).eval()
+    bag = a_bag(network, 8, 4)
+    alone = Bag(bag.values[1:, :4], bag.place[1:, :4])
+    bag.values[1, 4:] = 7  # of no cell
+    with torch.no_grad():
+        attention, logit = network.attention(bag), network(bag, torch.zeros(2, 0))
+        assert torch.allclose(logit[1:], network(alone, torch.zeros(1, 0)), atol=1e-6)
+        assert torch.allclose(attention[1:], network.attention(alone), atol=1e-6)
+        assert (network.take_in(bag)[1][1, :, 4:] == 0).all()
     assert torch.allclose(attention.sum(dim=(1, 2)), torch.ones(2))
-    assert (attention[0, [0, 3]] == 0).all()
-    assert attention[1, :2, :2].flatten().tolist() == pytest.approx([0.25] * 4)
-    assert torch.allclose(logit[:1], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [0, 1, 3])
+def test_heads_pool_for_all_outputs_or_each_for_its_own(heads):
+    network = scout(heads=heads, outputs=4, dropout=0.0).eval()
+    bag = a_bag(network, 6)
+    embedding, attention = network.take_in(bag)
+    assert attention.shape == (1, heads or 4, 6)
+    pooled = attention[0] @ embedding[0]
+    weight, bias = network.head[1].weight, network.head[1].bias
+    expected = (pooled * weight).sum(dim=1) if heads == 0 else weight @ pooled.flatten()
+    assert torch.allclose(network(bag, torch.zeros(1, 0))[0], expected + bias, atol=1e-6)
+
+
+def test_attention_may_depend_on_the_place_of_a_cell():
+    network = scout(place=True).eval()
+    bag = a_bag(network, 5)
+    bag.values[:] = bag.values[:, :1]  # all look alike
+    with torch.no_grad():
+        network.slope.weight[:] = torch.tensor([[-5.0, 0.0]])  # upwards
+        attention = network.take_in(bag)[1][0, 0]
+    assert attention.argsort(descending=True).tolist() == bag.place[0, :, 0].argsort().tolist()
+
+
+# ---------------------------------------------------------------- tiles
+def draw_things(side, boxes, plain=(7, 20, 90)):
+    """A picture of one colour with things of noise."""
+    rng, picture = np.random.default_rng(0), np.full((side, side, 3), plain, np.uint8)
+    for y, x, height, width in boxes:
+        picture[y : y + height, x : x + width] = rng.integers(100, 256, (height, width, 3))
+    return picture
+
+
+@pytest.mark.parametrize("boxes", [
+    [(40, 70, 20, 25)], [(0, 0, 10, 10), (100, 118, 28, 10)], [(10, 10, 90, 32)], [(64, 60, 30, 30), (104, 60, 20, 20)],
+    [(0, 0, 128, 128)], [(y, x, 2, 2) for y in range(0, 128, 9) for x in range(0, 128, 9)], []])  # fmt: skip
+def test_tiles_hold_all_of_a_picture_but_what_is_plain(boxes):
+    picture = draw_things(128, boxes)
+    corners = place_tiles(picture, 32)
+    covered = np.zeros((128, 128), bool)
+    for y, x in corners:
+        assert 0 <= y <= 96 and 0 <= x <= 96
+        covered[y : y + 32, x : x + 32] = True
+    assert covered[(picture != picture[127, 64]).any(axis=2)].all() or len(boxes) == 1 and covered.all()
+    assert len(corners) == {0: 1, 1: len(corners), 2: 2}.get(len(boxes), min(len(corners), 16))
+    if len(boxes) == 1 and max(boxes[0]) <= 70:
+        assert corners.tolist() == [[34, 66]]  # around its middle
+
+
+def test_what_is_plain_is_neither_forwarded_nor_pooled_and_the_answer_is_the_same(tmp_path, monkeypatch):
+    network = tiled().eval()
+    picture, seen = draw_things(128, [(40, 70, 20, 25), (100, 10, 20, 20)]), []
+    cv2.imwrite(str(tmp_path / "a.png"), picture)
+    monkeypatch.setattr(network.backbone, "forward", lambda x: seen.append(len(x)) or torch.zeros(len(x), 1024))
+    bag = Bag.stack([read_cells(network, tmp_path / "a.png", (128, 128))])
+    network.take_in(bag)
+    assert seen == [2]
+    monkeypatch.undo()
+    wide = np.full((300, 300, 3), picture[0, 0], np.uint8)  # more of what is plain
+    wide[:128, :128] = picture
+    cv2.imwrite(str(tmp_path / "b.png"), wide)
+    more = Bag.stack([read_cells(tiled(scout_size=300), tmp_path / "b.png", (300, 300))])
+    assert torch.equal(*(network(each, torch.zeros(1, 0)) for each in (bag, more)))
+
+
+def tiled(**changes):
+    parts = {"hidden": 8, "scout_size": 128, "tile": 32, "finetune": "all"} | changes
+    torch.manual_seed(0)
+    return build_model(Spec("scout", "conv_tiny", 64, **parts))
+
+
+def test_the_best_tiles_alone_are_read_and_trained_on(tmp_path):
+    network = tiled(top_m=3).eval()
+    bag = a_bag(network, 10)
+    cells = Cells(tmp_path, 2)
+    cells.most = 10
+    for row in range(2):
+        kept = np.empty(10 - 8 * row, [("place", np.float32, 2), ("values", np.uint8, (3, 32, 32))])
+        kept["place"], kept["values"] = bag.place[0, : len(kept)], bag.values[0, : len(kept)]
+        np.save(cells.path(row), kept)
+    network.piece = 4
+    cells.choose(network, np.arange(2), models.autocast(CPU, "off"))
+    attention = network.take_in(bag)[1][0].mean(dim=0)
+    best = attention.topk(3).indices.sort().values
+    assert (attention > 0).sum() == 3
+    found = cells(0, None)
+    assert torch.equal(found.values, bag.values[0, best])
+    assert cells(1, None).place.isnan().any(dim=1).tolist() == [False, False, True]
+    both = [network(each, torch.zeros(1, 0)) for each in (bag, Bag(*(part[None] for part in found)))]
+    assert torch.allclose(*both, atol=1e-6)
+
+
+def test_the_last_stage_learns_and_the_rest_keeps_its_statistics():
+    network = build_model(Spec("scout", "regnet_tiny", 64, hidden=8, tile=64, finetune="last", scout_size=128)).train()
+    before = {name: value.clone() for name, value in network.backbone.state_dict().items()}
+    groups = network.param_groups(1e-2, 1e-3)
+    assert [group["lr"] for group in groups] == [1e-2, 1e-3]
+    optimizer = torch.optim.Adam(groups)
+    network(a_bag(network, 4, 2), torch.zeros(2, 0)).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, value in network.backbone.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("trunk_output.block4.") for name in changed)
+    assert not any("running" in name for name in changed)
+
+
+def peak_memory(*words) -> int:
+    """Largest memory of a script in kB; that of its parent, which ru_maxrss would inherit, does not count."""
+    code = "import re, runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+    code += "; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=Path(models.__file__).parent, text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    return int(done.stdout.split()[-1])
+
+
+TILES = ["--model", "scout", "--tile", 150, "--finetune", "all", "--top_m", 8, "--weights", "none", "--backbone",
+         "regnet_tiny", "--batch_size", 2, "--fold", 0, "--workers", 0, "--device", "cpu"]  # fmt: skip
+
+
+def draw_large(folder, side):
+    """Four pictures without a tile of one colour, and their cells; returns flags of train.py."""
+    (folder / "images").mkdir(parents=True)
+    rng, names = np.random.default_rng(0), [f"{i}.png" for i in range(4)]
+    for name in names:
+        picture = cv2.resize(rng.integers(0, 256, (30, 30, 3), dtype=np.uint8), (side, side))
+        cv2.imwrite(str(folder / "images" / name), picture, [cv2.IMWRITE_PNG_COMPRESSION, 0])
+    pd.DataFrame({ID: names, "target": [0, 1] * 2}).to_csv(folder / "train.csv", index=False)
+    data_dir = call("preprocess", "--train_csv", folder / "train.csv", "--group_col", "none", "--n_folds", 2,
+                    "--size", 32, "--output_dir", folder / "data")  # fmt: skip
+    spec = Spec("scout", "regnet_tiny", 32, scout_size=side, tile=150, finetune="all")
+    cells = make_cells(build_model(spec), read_data(data_dir), 1)["train"]
+    assert cells.most == (side / 150) ** 2
+    return ["--scout_size", side, "--data_dir", data_dir, "--runs_dir", folder / "runs"]
+
+
+def test_training_through_the_best_tiles_resumes_to_the_same_bytes(tmp_path):
+    words = [*TILES, *draw_large(tmp_path, 600), "--epochs", 2, "--augment", "upright"]
+    once = call("train", *words)
+    with pytest.raises(Stopped):
+        call("train", *words, "--name", "again", "--max_hours", 1e-9)
+    again = call("train", *words, "--name", "again", "--resume")
+    assert (once / "fold0_best.pt").read_bytes() == (again / "fold0_best.pt").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="tells the memory of a process on Linux alone")
+def test_training_through_the_best_tiles_needs_no_more_memory_for_larger_pictures(tmp_path):
+    peaks = [peak_memory("train.py", *TILES, "--epochs", 1, *draw_large(tmp_path / str(side), side))
+             for side in (750, 3000)]  # fmt: skip
+    assert peaks[1] < 1.1 * peaks[0], peaks
 
 
 def test_a_peak_gets_a_square_of_the_size_asked_for():
@@ -133,16 +290,15 @@ def test_held_out_predictions_and_maps_are_those_of_the_folds_own_network(source
     maps = np.load(crops / "train_attention.npy")
     for k in (0, 1):
         network, content = models.load_checkpoint(runs / "scout" / f"fold{k}_best.pt")
-        found = make_cells(network, data, CPU, 1)["train"]
+        found = make_cells(network, data, 1)["train"]
         for row in np.flatnonzero(data.train["fold"] == k)[:3]:
             name, size = data.train[ID][row], tuple(data.train.loc[row, ["width", "height"]])
-            cells = read_cells(network, source / "images" / f"{name}.jpg", size, CPU)
-            fresh = on_square(cells, part_of(network, size), network.grid)
-            assert np.array_equal(found[row], fresh, equal_nan=True)
-            image = torch.from_numpy(fresh).permute(2, 0, 1)[None]
+            cells = read_cells(network, source / "images" / f"{name}.jpg", size)
+            assert np.array_equal(found.read(row), cells)
+            bag = Bag.stack([cells])
             with torch.no_grad():
-                assert network(image, torch.zeros(1, 0)).sigmoid().item() == pytest.approx(oof[PROB][name], abs=1e-5)
-                assert np.allclose(network.attention(image)[0], maps[row], atol=1e-5)
+                assert network(bag, torch.zeros(1, 0)).sigmoid().item() == pytest.approx(oof[PROB][name], abs=1e-5)
+                assert np.allclose(network.attention(bag)[0], maps[row], atol=1e-5)
     boxes = read(crops / "train_boxes.csv")
     assert boxes["oof"].eq(1).all()
     assert ((boxes["x1"] - boxes["x0"]).round() == 40)[boxes["fallback"].isna()].all()
@@ -179,26 +335,24 @@ def test_stopped_cells_go_on_to_the_same_bytes_and_are_made_once(data_dir, tmp_p
 
         return read_some
 
-    monkeypatch.setattr("plumbing.arrays.CHUNK", 4)
     monkeypatch.setattr(cells_of_pictures, "read_cells", stop_at(11))
     with pytest.raises(KeyboardInterrupt):
-        make_cells(network, data, CPU, 1)
+        make_cells(network, data, 1)
     monkeypatch.setattr(cells_of_pictures, "read_cells", stop_at(0))
-    make_cells(network, data, CPU, 1)
-    assert len(seen) <= 12 + len(data.train) - 8 + len(data.test)  # two chunks of 4 were not done again
-    (folder,) = (tmp_path / "cells").iterdir()
-    stopped = {path.name: path.read_bytes() for path in folder.glob("*.npy")}
-    assert set(stopped) == {"train.npy", "test.npy"}
-    count, again = len(seen), make_cells(network, data, CPU, 1)
+    make_cells(network, data, 1)
+    assert len(seen) == len(data.train) + len(data.test) + 1  # the one that was stopped
+    stopped = {path.name: path.read_bytes() for path in tmp_path.glob("cells/*/*/*")}
+    assert len(stopped) == len(data.train)
+    count, again = len(seen), make_cells(network, data, 1)
     assert (len(seen), isinstance(again["train"], Cells)) == (count, True)
     data.directory = tmp_path / "other"
-    make_cells(network, data, CPU, 2)
-    assert stopped == {path.name: path.read_bytes() for path in (tmp_path / "other").glob("cells/*/*.npy")}
+    make_cells(network, data, 2)
+    assert stopped == {path.name: path.read_bytes() for path in (tmp_path / "other").glob("cells/*/*/*")}
 
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--scout_size", 100], "multiple of 16"), (["--mixup", 0.4], "--mixup"), (["--fsg"], "--fsg"),
-    (["--guide", "crops"], "--guide"), (["--crop_dir", "crops"], "--crop_dir"), (["--tta", 4], "--tta")])  # fmt: skip
+    (["--guide", "crops"], "--guide"), (["--finetune", "all"], "pass --tile"), (["--tile", 500], "--scout_size 96"), (["--crop_dir", "crops"], "--crop_dir"), (["--tta", 4], "--tta")])  # fmt: skip
 def test_what_a_scout_cannot_do_is_said_before_anything_is_written(data_dir, tmp_path, words, said):
     before = hashes(data_dir)
     with pytest.raises(InputError, match=said):
@@ -218,10 +372,10 @@ def test_lines_and_changed_pictures_are_named(source, tmp_path):
     network, data = scout(scout_size=96), read_data(data_dir)
     write(tmp_path / "images" / f"{table[ID][3]}.jpg", 50, 50)
     with pytest.raises(InputError, match=f"{table[ID][3]}.jpg is 50 x 50 px"):
-        make_cells(network, data, CPU, 1)
+        make_cells(network, data, 1)
     data.train.loc[5, ["width", "height"]] = 20_000, 1
     with pytest.raises(InputError, match=f"{table[ID][5]} is 20000 x 1 px, a line"):
-        make_cells(network, data, CPU, 1)
+        make_cells(network, data, 1)
 
 
 def test_maps_of_a_scout_go_alone(trained, data_dir, tmp_path):
