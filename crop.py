@@ -3,7 +3,8 @@
 Reads   --data_dir (preprocess.py), the originals (never written), and by --source: --run (a trained run), --backbone
         with --weights, or --boxes
 Writes  --output_dir/NAME/: {train,test}_224.npy, train_wide_314.npy (for jitter in training), {train,test}_boxes.csv,
-        {train,test}_attention.npy, the networks that made the maps, crop.json, montage.png
+        {train,test}_attention.npy, the networks that made the maps, crop.json, worth.json, montage.png. With --n_boxes K
+        arrays have K crops of an image, black where there is no place, and boxes.csv a row and a number for each box
 
     python crop.py
     python crop.py --source saliency
@@ -38,7 +39,7 @@ from plumbing.cells import make_cells
 from plumbing.data import CORNERS, Data, numbers, read_data, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
-from plumbing.files import copy, finish_output, open_output, provenance, sha256, write_table
+from plumbing.files import copy, finish_output, open_output, provenance, read_csv, sha256, write_json, write_table
 from plumbing.guards import check_unseen, fold_weights
 from plumbing.images import Frame, configure_pillow, frame_of, name_key, read_crops, read_square
 from plumbing.runs import Run, read_run
@@ -46,6 +47,7 @@ from util import FOLD, ID, PLACE, InputError
 
 MONTAGE_ROWS = 8
 WIDE = 1.4  # side of the crops from which jittered ones are cut, over the box's
+WORTH = {8: "crops usually pay", 4: "crops may pay", 0: "crops did not pay"}  # by how much larger originals are
 EDGE = 0.5  # pixels by which a given box may leave its image: detectors round
 
 
@@ -106,21 +108,26 @@ def learn_saliencies(data: Data, path: Path, args: argparse.Namespace, device: t
     models.save_checkpoint(path, network, spec, saliency=parts)
 
 
-def read_boxes(path: Path, table: pd.DataFrame, frame: str) -> list[Box]:
-    """Boxes of a table's images from a csv, made square; the whole frame for images that have none there."""
-    given = read_table(path, CORNERS).dropna(subset=CORNERS, how="all")
+def read_boxes(path: Path, table: pd.DataFrame, frame: str, n_boxes: int) -> list[list[Box]]:
+    """Boxes of a table's images from a csv, the first n_boxes of each, made square; the whole frame for images that have
+    none there."""
+    columns = (ID, *CORNERS)
+    given = read_csv(path, columns, text=(ID,)) if n_boxes > 1 else read_table(path, CORNERS)
+    given = given.dropna(subset=[ID, *CORNERS], thresh=2)
     corners = np.column_stack([numbers(given, column, path) for column in CORNERS])
-    found, boxes = dict(zip(given[ID].map(name_key), corners, strict=True)), []
+    found: dict[str, list] = {}
+    for name, each in zip(given[ID].map(name_key), corners, strict=True):
+        found.setdefault(name, []).append(each)
+    boxes = []
     for name, width, height in table[[ID, "width", "height"]].itertuples(index=False, name=None):
-        if name_key(name) not in found:
-            boxes.append(Box(*frame_of(width, height, frame), f"no box in {path.name}"))
-            continue
-        x0, y0, x1, y1 = found[name_key(name)]
-        if not (-EDGE <= x0 < x1 <= width + EDGE and -EDGE <= y0 < y1 <= height + EDGE):
-            where = f"{x0:g} {y0:g} {x1:g} {y1:g}, does not lie in its {width} x {height} px"
-            raise InputError(f"{path}: the box of {name}, {where}; corners are pixels of the upright original")
-        x, y, half = (x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) / 2
-        boxes.append(localize.widen(Box(x - half, y - half, x + half, y + half), 1.0, (width, height)))
+        boxes.append([])
+        for x0, y0, x1, y1 in found.get(name_key(name), [])[:n_boxes]:
+            if not (-EDGE <= x0 < x1 <= width + EDGE and -EDGE <= y0 < y1 <= height + EDGE):
+                where = f"{x0:g} {y0:g} {x1:g} {y1:g}, does not lie in its {width} x {height} px"
+                raise InputError(f"{path}: the box of {name}, {where}; corners are pixels of the upright original")
+            x, y, half = (x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) / 2
+            boxes[-1].append(localize.widen(Box(x - half, y - half, x + half, y + half), 1.0, (width, height)))
+        boxes[-1] = boxes[-1] or [Box(*frame_of(width, height, frame), f"no box in {path.name}")]
     return boxes
 
 
@@ -138,10 +145,10 @@ class Cropper:
             self.sizes["train_wide"] = round(WIDE * data.size)
         self.paths = data.find_originals(split, args.image_dir, args.limit)
         self.originals = list(self.table[["width", "height"]].itertuples(index=False, name=None))
-        self.boxes: list[Box | None] = [None] * len(self.table)
+        self.boxes: list[list[Box]] = [[]] * len(self.table)  # of every image, best first
         if args.source == "boxes":
-            self.boxes = read_boxes(args.boxes, self.table, data.facts["frame"])
-            if split == "train" and all(box.reason for box in self.boxes):
+            self.boxes = read_boxes(args.boxes, self.table, data.facts["frame"], args.n_boxes)
+            if split == "train" and all(boxes[0].reason for boxes in self.boxes):
                 raise InputError(f"{args.boxes} has a box of none of the training images; write names as in the table")
 
     def groups(self, finder: Finder | None) -> list[tuple[np.ndarray, list[int] | None, bool]]:
@@ -156,22 +163,28 @@ class Cropper:
     def fill(self, finder: Finder | None, device: torch.device) -> None:
         """Write the rows that are not there yet."""
         n, args, crops = len(self.table), self.args, {}
+        several = (args.n_boxes,) if args.n_boxes > 1 else ()
+        shape = (0, 0, 0) if finder is None else self._find_shape(finder, device)
         for name, side in self.sizes.items():
-            crops[name] = PartialArray(array_path(self.folder, name, side), (n, side, side, 3))
+            crops[name] = PartialArray(array_path(self.folder, name, side), (n, *several, side, side, 3))
         self.arrays = dict(crops)
         if finder is not None:
-            shape = finder.maps(self.stored[[0]], device, self.originals[:1], amp=args.amp).shape
             path = self.folder / f"{self.split}_attention.npy"
             self.arrays["attention"] = PartialArray(path, (n, *shape[1:]), np.float32)
         filling = Filling(self.folder / f"{self.split}_done.npy", list(self.arrays.values()), n)
 
         def work(row: int, attention: np.ndarray | None) -> int:
             size = self.originals[row]
-            box = self.boxes[row] or finder.box(attention, size)
-            corners = [box.corners, localize.widen(box, WIDE, size).corners][: len(crops)]
-            pixels = read_crops(self.paths[row], corners, list(self.sizes.values()), size)
-            for array, crop in zip(crops.values(), pixels, strict=True):
-                array.write(row, crop)
+            boxes = self.boxes[row] or finder.boxes(attention, size)
+            boxes = {name: [box if name == self.split else localize.widen(box, WIDE, size) for box in boxes]
+                     for name in crops}  # fmt: skip
+            corners = [box.corners for each in boxes.values() for box in each]
+            sides = [side for name, side in self.sizes.items() for _ in boxes[name]]
+            pixels = iter(read_crops(self.paths[row], corners, sides, size))
+            for name, array in crops.items():
+                found = np.stack([next(pixels) for _ in boxes[name]])
+                filled = np.concatenate([found, np.zeros((args.n_boxes - len(found), *found.shape[1:]), np.uint8)])
+                array.write(row, filled)  # a place that does not exist is black
             if attention is not None:
                 self.arrays["attention"].write(row, attention)
             return 1
@@ -189,23 +202,34 @@ class Cropper:
 
                 filling.run(rows, work, args.workers, bar, maps_of if finder is not None else None)
 
+    def _find_shape(self, finder: Finder, device: torch.device) -> tuple[int, ...]:
+        """Shape of the map of an image (1, h, w). Raises InputError if it has fewer cells than boxes are asked for."""
+        shape = finder.maps(self.stored[[0]], device, self.originals[:1], amp=self.args.amp).shape
+        if self.args.n_boxes > shape[1] * shape[2]:
+            cells = f"the map has {shape[1]} x {shape[2]} cells"
+            raise InputError(f"--n_boxes {self.args.n_boxes}: {cells}; pass fewer")
+        return shape
+
     def finish(self, finder: Finder | None) -> list[Path]:
         """Give the arrays their names and write the table of boxes; returns the files written."""
         maps = self.arrays["attention"].view() if finder is not None else None
         if maps is not None:
-            self.boxes = [finder.box(maps[row], size) for row, size in enumerate(self.originals)]
+            self.boxes = [finder.boxes(maps[row], size) for row, size in enumerate(self.originals)]
         for array in self.arrays.values():
             array.finish(np.arange(len(self.table)))
-        rows = pd.DataFrame([asdict(box) for box in self.boxes]).rename(columns={"reason": "fallback"})
-        rows.insert(0, ID, self.table[ID].to_numpy())
-        rows["oof"] = 1
+        of_row = np.repeat(np.arange(len(self.boxes)), list(map(len, self.boxes)))
+        flat = [box for boxes in self.boxes for box in boxes]
+        rows = pd.DataFrame([asdict(box) for box in flat]).rename(columns={"reason": "fallback"})
+        rows.insert(0, ID, self.table[ID].to_numpy()[of_row])
+        rows["box"], rows["oof"] = [i for boxes in self.boxes for i in range(len(boxes))], 1
         for chosen, _, unseen in self.groups(finder):
-            rows.loc[chosen, "oof"] = int(unseen)
-        rows[list(PLACE)] = place_in_wide(self.boxes, self.originals)
+            rows.loc[np.isin(of_row, chosen), "oof"] = int(unseen)
+        rows[list(PLACE)] = place_in_wide(flat, [self.originals[row] for row in of_row])
         path = self.folder / f"{self.split}_boxes.csv"
-        write_table(path, rows[[ID, *CORNERS, "oof", "fallback", "confidence", *PLACE]])
-        finer = np.median(self.table[["width", "height"]].min(axis=1) / [box.side for box in self.boxes])
-        whole = sum(box.reason != "" for box in self.boxes)
+        number = ["box"] if self.args.n_boxes > 1 else []
+        write_table(path, rows[[ID, *number, *CORNERS, "oof", "fallback", "confidence", *PLACE]])
+        finer = np.median(self.table[["width", "height"]].min(axis=1) / [boxes[0].side for boxes in self.boxes])
+        whole = sum(boxes[0].reason != "" for boxes in self.boxes)
         print(f"{self.split}: {len(rows)} crops, median {finer:.2f}x finer, {whole} whole squares")
         return [path, *(array.path for array in self.arrays.values())]
 
@@ -215,6 +239,19 @@ def place_in_wide(boxes: list[Box], sizes: list[tuple[int, int]]) -> np.ndarray:
     wides = [localize.widen(box, WIDE, size) for box, size in zip(boxes, sizes, strict=True)]
     return np.array([((box.x0 - wide.x0) / wide.side, (box.y0 - wide.y0) / wide.side, box.side / wide.side)
                      for box, wide in zip(boxes, wides, strict=True)])  # fmt: skip
+
+
+def judge_worth(data: Data, cropper: Cropper) -> dict:
+    """How much finer than the whole image the best crops are, in words too; see docs/gain.md."""
+    sides = np.array([boxes[0].side for boxes in cropper.boxes])
+    frames = [frame_of(*size, data.facts["frame"]) for size in cropper.originals]
+    factor = np.median([right - left for left, _, right, _ in frames]) / data.size
+    facts = {"factor": factor, "box_side": np.median(sides), "box_side_in_input": np.median(sides) / factor,
+             "cropped": np.mean([boxes[0].reason == "" for boxes in cropper.boxes])}  # fmt: skip
+    says = next(says for least, says in WORTH.items() if factor >= least)
+    print(f"an original is {factor:.1f} times the input, and a box {facts['box_side_in_input']:.0f} px wide there: {says}; "
+          "see docs/gain.md")  # fmt: skip
+    return facts | {"says": says}
 
 
 def plot_montage(path: Path, data: Data, cropper: Cropper, frame: Frame) -> None:
@@ -227,11 +264,13 @@ def plot_montage(path: Path, data: Data, cropper: Cropper, frame: Frame) -> None
     rows = np.concatenate([np.flatnonzero(strata == stratum)[:some] for stratum in np.unique(strata)[::-1]])
     figure = new_figure(figsize=(7, 2.2 * len(rows)))
     for axes, row in zip(figure.subplots(len(rows), 3, squeeze=False), rows, strict=True):
-        box, (left, top, right, _) = cropper.boxes[row], frame_of(*cropper.originals[row], frame)
-        inside = Box(box.x0 - left, box.y0 - top, box.x1 - left, box.y1 - top)  # of the stored square
+        boxes, (left, top, right, _) = cropper.boxes[row], frame_of(*cropper.originals[row], frame)
+        inside = [Box(b.x0 - left, b.y0 - top, b.x1 - left, b.y1 - top) for b in boxes]  # of the stored square
+        box = boxes[0]
         attention = None if maps is None else localize.upsample(maps[row])
         picture = read_square(cropper.paths[row], data.size, frame=frame)[0]
-        draw_row(axes, picture, (right - left, right - left), inside, attention, crops[row])
+        crop = np.concatenate(crops[row][: len(boxes)], axis=1) if crops.ndim == 5 else crops[row]
+        draw_row(axes, picture, (right - left, right - left), inside, attention, crop)
         axes[0].set_title(f"{table[ID].iloc[row]}, {data.task.describe(data.target[row])}", fontsize=8)
         axes[1].set_title(box.reason or f"confidence {box.confidence:.2f}", fontsize=8)
         axes[2].set_title(f"crop, {(right - left) / box.side:.1f}x finer", fontsize=8)
@@ -265,6 +304,7 @@ def main(args: argparse.Namespace) -> Path:
     how = {key: getattr(args, key) for key in ("source", "rule", "views", "shifts", "amp", "class_name")}
     how["num_devs"] = args.num_devs if args.rule == "original" else None
     how |= {"centre": args.centre if args.rule == "component" else None, "box_size": args.box_size}
+    how["n_boxes"] = args.n_boxes
     how["frame"] = scout.scout_size if data.cells else data.facts["frame"]
     trained = {f"fold{k}_network.pt": sha256(path) for k, path in found.items()}
     settings = how | {"folds_sha256": data.folds_sha256, "arrays": data.facts["sha256"], "limit": args.limit,
@@ -288,6 +328,7 @@ def main(args: argparse.Namespace) -> Path:
         cropper.fill(finder, device)
     written = [path for cropper in croppers for path in cropper.finish(finder)]
     plot_montage(folder / "montage.png", data, croppers[0], how["frame"])
+    write_json(folder / "worth.json", judge_worth(data, croppers[0]))
     hashes = {path.name: sha256(path) for path in written} | networks
     finish_output(folder, "crop.json", facts | {"sha256": hashes} | provenance())
     print(f"wrote {folder}")
@@ -309,6 +350,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, help="where to write NAME/ [crops/ in data_dir]")
     add("--rule", choices=sorted(localize.RULES), help="how a box is found in a map [component; of a scout peak]")
     add("--box_size", type=count, help="--rule peak: side of boxes, in pixels of the originals [4 cells of the map]")
+    add("--n_boxes", type=count, default=1, help="places to cut out of an image, at most")
     add("--num_devs", type=util.number(float, -100, 100), default=1.5, help="--rule original: mean + num_devs * std")
     add("--centre", type=util.number(float, 0, 10), default=localize.CENTRE, help="--rule component: width of "
         "the prior that subjects are in the centre, in sides; 0: none")

@@ -30,7 +30,7 @@ from plumbing.data import Data, MetaEncoder, meta_columns, with_boxes
 from plumbing.distributed import Team
 from plumbing.files import read_json
 from tasks import Task, pick_rows
-from util import FOLD, PLACE
+from util import FOLD
 
 JITTER_SCALE, JITTER_SHIFT = (0.9, 1.25), 0.1  # of a box's side, while training on crops
 WHOLE_SHARE = 0.1  # of the crops in training that are the whole image instead
@@ -122,8 +122,13 @@ class TurnAndTint(A.DualTransform):
 
     def apply(self, img: np.ndarray, place: np.ndarray, color: np.ndarray, **_) -> np.ndarray:
         """Move and tint a uint8 (H, W, 3) image."""
-        wide = cv2.cvtColor(img, cv2.COLOR_RGB2RGBA)  # OpenCV moves four channels faster than three
-        return cv2.transform(cv2.cvtColor(self._move(wide, place), cv2.COLOR_RGBA2RGB), color)
+        return self.apply_to_images(img[None], place, color)[0]
+
+    def apply_to_images(self, images: np.ndarray, place: np.ndarray, color: np.ndarray, **_) -> np.ndarray:
+        """Move and tint uint8 (N, H, W, 3) tiles of an image, all alike."""
+        tall = cv2.cvtColor(images.reshape(-1, *images.shape[2:]), cv2.COLOR_RGB2RGBA)  # OpenCV moves four channels
+        moved = [self._move(wide, place) for wide in np.split(tall, len(images))]  # faster than three
+        return cv2.transform(cv2.cvtColor(np.concatenate(moved), cv2.COLOR_RGBA2RGB), color).reshape(images.shape)
 
     def apply_to_mask(self, mask: np.ndarray, place: np.ndarray, **_) -> np.ndarray:
         """Move a guide (H, W) with its image."""
@@ -152,42 +157,51 @@ def train_transform(size: int, shift: int = 0, name: str = "skin") -> A.Compose:
 
 # ---------------------------------------------------------------- where pictures come from
 class Stored:
-    """Images of an array, by row."""
+    """Images of an array, by row, or all crops of each."""
 
     def __init__(self, path: Path, n_rows: int):
         self.images = Rows(path, n_rows)
 
     def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        """Image of a row: uint8 (S, S, 3)."""
+        """Image of a row: uint8 (S, S, 3), or (K, S, S, 3)."""
         return self.images[row]
 
 
 class Jittered:
     """Crops for training: the box moved and scaled a little, now and then the whole image. They are cut from wide
-    crops, in which the box of row i is the square at x, y = place[i, :2] with side place[i, 2], in fractions of the
+    crops, in which box k of row i is the square at x, y = place[i, k, :2] with side place[i, k, 2], in fractions of the
     wide crop. So a network meets boxes as inexact as those of new images will be, without an array per epoch."""
 
     def __init__(self, wide: Stored, whole: Stored, place: np.ndarray, size: int):
         self.wide, self.whole, self.place, self.size = wide, whole, place, size
 
-    def draw(self, row: int, rng: np.random.Generator) -> np.ndarray | None:
-        """A new box in the wide crop of a row, (x, y, side) as in `place`; None for the whole image."""
-        corner, side = self.place[row, :2], self.place[row, 2]
+    def draw(self, place: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+        """A new box in a wide crop for the one at `place`, (x, y, side) like it; None for the whole image."""
+        corner, side = place[:2], place[2]
         new = min(side * rng.uniform(*JITTER_SCALE), 1)
         shift = rng.uniform(-JITTER_SHIFT, JITTER_SHIFT, 2) * side
         corner = np.clip(corner + (side - new) / 2 + shift, 0, 1 - new)
         return None if rng.random() < WHOLE_SHARE else np.append(corner, new)
 
-    def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        """A new crop of a row: uint8 (size, size, 3)."""
-        box = self.draw(row, rng)
+    def cut(self, row: int, picture: np.ndarray, place: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A new crop of a wide one: uint8 (size, size, 3)."""
+        box = self.draw(place, rng)
         if box is None:
             return self.whole(row, rng)
-        picture = self.wide(row, rng)
         left, top, span = np.rint(box * len(picture)).astype(int)
         crop = picture[top : top + span, left : left + span]
         how = cv2.INTER_AREA if len(crop) > self.size else cv2.INTER_LINEAR
         return cv2.resize(crop, (self.size, self.size), interpolation=how)
+
+    def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        """New crops of a row: uint8 (size, size, 3), or (K, size, size, 3) with black ones where there is no place."""
+        wide = self.wide(row, rng)
+        if wide.ndim == 3:
+            return self.cut(row, wide, self.place[row, 0], rng)
+        crops = np.zeros((len(wide), self.size, self.size, 3), np.uint8)
+        for k in np.flatnonzero(~np.isnan(self.place[row, :, 0])):
+            crops[k] = self.cut(row, wide[k], self.place[row, k], rng)
+        return crops
 
 
 class Guide:
@@ -245,7 +259,8 @@ class ImageDataset(Dataset):
             image = self._vary(pictures[0]) if place is not None and self.transform.transforms else pictures[0]
         else:
             mask = {} if self.guide is None else {"mask": self.guide.enlarge(row, len(pictures[0]))}
-            done = [self.transform(image=picture, **mask) for picture in pictures]
+            flat = [one for picture in pictures for one in (picture if picture.ndim == 4 else [picture])]
+            done = [self.transform(image=one, **mask) if one.any() else {"image": one, **mask} for one in flat]
             guide = guide if self.guide is None else self.guide.shrink(done[0]["mask"])
             image = torch.from_numpy(np.concatenate([part["image"].transpose(2, 0, 1) for part in done]))
         return Batch(
@@ -275,7 +290,8 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
     recipe: of the network (models.MODELS)."""
     crop_dir, tables = args.crop_dir, data.tables()
     if crop_dir is not None:
-        tables = {split: with_boxes(table, crop_dir, split) for split, table in tables.items()}
+        boxes = {split: with_boxes(table, crop_dir, split) for split, table in tables.items()}
+        tables = {split: table for split, (table, _) in boxes.items()}
     table, target, strata = tables["train"], data.target, data.task.strata(data.target)
     held_out = table[FOLD].to_numpy() == k
     rows = {
@@ -298,7 +314,7 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
         if part == "train" and crop_dir is not None and args.jitter:
             wide_size = read_json(crop_dir / "crop.json")["wide_size"]
             wide = Stored(array_path(crop_dir, "train_wide", wide_size), n_rows)
-            pictures["crop"] = Jittered(wide, pictures["whole"], table[list(PLACE)].to_numpy(), data.size)
+            pictures["crop"] = Jittered(wide, pictures["whole"], boxes["train"][1], data.size)
         # a network for whole images that is given --crop_dir looks at the crops instead
         seen = ("crop",) if crop_dir is not None and len(recipe.inputs) == 1 else recipe.inputs
         images[part] = ImageDataset(

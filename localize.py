@@ -418,6 +418,16 @@ def excess_mass(attention: np.ndarray, box: Box, frame: tuple) -> float:
     return max(float(inside.sum() / raster.sum() - inside.size / raster.size), 0.0)
 
 
+def cut_out(attention: np.ndarray, box: Box, frame: tuple) -> np.ndarray:
+    """A map without what lies inside a box; of a cell that lies there in part, that part is taken away."""
+    left, top, right, _ = frame
+    x0, y0, x1, y1 = (np.array(box.corners) - [left, top, left, top]) * len(attention) / (right - left)
+    start = np.arange(len(attention))
+    down, across = (np.clip(np.minimum(start + 1, end) - np.maximum(start, begin), 0, 1)
+                    for begin, end in ((y0, y1), (x0, x1)))  # fmt: skip
+    return attention * (1 - np.outer(down, across)).astype(attention.dtype)
+
+
 def find_box(
     attention: np.ndarray,
     image_size: tuple[int, int],
@@ -454,6 +464,25 @@ def find_box(
     return replace(box, confidence=excess_mass(attention, box, (left, top, right, bottom)))
 
 
+def find_boxes(attention: np.ndarray, image_size: tuple[int, int], n_boxes: int = 1, **how) -> list[Box]:
+    """Up to n_boxes squares as find_box finds them, best first: each in the map without what lies in those before it
+    (non-maximum suppression), until a place holds no more of the map than its share of the area. how: of find_box."""
+    frame, boxes, left = frame_of(*image_size, how.get("frame", "square")), [], attention
+    while len(boxes) < n_boxes and left.sum() > 0:
+        box = find_box(left, image_size, **how)
+        if boxes:
+            share = left.sum() / attention.sum()
+            area = (box.side / (frame[2] - frame[0])) ** 2
+            box = replace(box, confidence=max((excess_mass(left, box, frame) + area) * share - area, 0.0))
+            if box.reason or box.confidence == 0:
+                break
+        boxes.append(box)
+        if box.reason:
+            break
+        left = cut_out(left, box, frame)
+    return boxes or [find_box(attention, image_size, **how)]
+
+
 # ---------------------------------------------------------------- maps and boxes of a crop directory
 @dataclass
 class Finder:
@@ -466,6 +495,7 @@ class Finder:
     views: int = 4  # symmetries over which maps are averaged
     frame: Frame = "square"
     box_size: float | None = None
+    n_boxes: int = 1  # of an image, at most
     scout: Scout | None = None  # if what it looks at are cells: the network that makes them
 
     @classmethod
@@ -488,6 +518,7 @@ class Finder:
                     evidence = partial(task_of(content["task"]).evidence, name=facts["class_name"])
             sources[k] = SOURCES[facts["source"]].make(network, saliencies.get(k), meta, evidence)
         how = {key: facts[key] for key in ("rule", "num_devs", "centre", "views", "frame", "box_size")}
+        how["n_boxes"] = facts.get("n_boxes", 1)  # crops of older versions have one
         return cls(sources, **how, scout=network if isinstance(network, Scout) else None)
 
     def maps(self, seen, device, sizes=(), folds=None, amp: str = "off", batch_size: int = 16):
@@ -505,9 +536,10 @@ class Finder:
             attention[:] = seen / max(seen.sum(), 1e-30)
         return maps
 
-    def box(self, attention: np.ndarray, image_size: tuple[int, int]) -> Box:
-        """Box of an image of image_size (width, height) by its map (h, w)."""
-        return find_box(attention, image_size, self.rule, self.num_devs, self.centre, self.frame, self.box_size)
+    def boxes(self, attention: np.ndarray, image_size: tuple[int, int]) -> list[Box]:
+        """Boxes of an image of image_size (width, height) by its map (h, w), best first."""
+        how = {key: getattr(self, key) for key in ("n_boxes", "rule", "num_devs", "centre", "frame", "box_size")}
+        return find_boxes(attention, image_size, **how)
 
 
 def blank_meta(content: dict) -> np.ndarray:

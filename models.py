@@ -48,6 +48,7 @@ class Spec:
     dropout: float = 0.0
     outputs: int = 1  # K
     gates: str | None = None  # "identity", "paper" or "hard": Feature-Selection Gates in the backbone
+    boxes: int = 1  # crops of an image
     scout_size: int = 1280  # of a scout: long side of what it sees, in pixels
     strides: tuple[int, ...] = (16, 32)  # of the feature maps that it reads
     tile: int = 0  # side in pixels of the tiles that it reads instead, if not 0
@@ -55,6 +56,19 @@ class Spec:
     top_m: int = 0  # tiles that it pools, if not 0
     heads: int = 1  # of its attention; 0: one for each output
     place: bool = False  # whether its attention depends on where a cell lies
+
+
+class GatedAttention(nn.Module):
+    """What each of some heads thinks of a thing. Ilse et al. 2018, equation 9."""
+
+    def __init__(self, features: int, hidden: int, heads: int = 1):
+        super().__init__()
+        self.look, self.gate = nn.Linear(features, hidden), nn.Linear(features, hidden)
+        self.scorer = nn.Linear(hidden, heads)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, B, D) -> scores (N, B, H), of which a softmax makes attention."""
+        return self.scorer(self.look(x).tanh() * self.gate(x).sigmoid())
 
 
 # ---------------------------------------------------------------- networks
@@ -130,18 +144,20 @@ def layers_of(backbone: nn.Module, ids: set[int]) -> list[list[nn.Parameter]]:
 class MetaResNet(Network):
     """Image features and metadata features, concatenated, one linear head. Any backbone serves; without metadata
     (meta_dim 0) the second branch is absent. With several pictures of a case (whole image and crop) one backbone reads
-    each, and the head reads all."""
+    each, and the head reads all. Of several crops (spec.boxes) gated attention makes one; black ones do not exist."""
 
     def __init__(self, spec: Spec, weights: str = "none"):
         super().__init__(spec, weights)
-        self.meta_dim, self.pictures = spec.meta_dim, len(MODELS[spec.model].inputs)
+        self.meta_dim, self.boxes = spec.meta_dim, spec.boxes
+        self.wholes = len(MODELS[spec.model].inputs) - 1  # pictures before the crops, or before the only picture
         self.meta_branch, hidden = None, spec.hidden
         if spec.meta_dim:
             self.meta_branch = nn.Sequential(
                 nn.Linear(spec.meta_dim, hidden), nn.ReLU(inplace=True), nn.BatchNorm1d(hidden),
                 nn.Linear(hidden, hidden), nn.ReLU(inplace=True), nn.BatchNorm1d(hidden),
             )  # fmt: skip
-        width = self.features * self.pictures + (hidden if spec.meta_dim else 0)
+        self.scorer = GatedAttention(self.features, hidden) if spec.boxes > 1 else None
+        width = self.features * (self.wholes + 1) + (hidden if spec.meta_dim else 0)
         self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(width, spec.outputs))
 
     @torch.no_grad()
@@ -150,11 +166,28 @@ class MetaResNet(Network):
         if self.meta_branch is not None:
             self.meta_branch[0].weight[:, torch.from_numpy(columns)] = 0
 
+    def read(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """image (N, 3 * pictures, S, S) -> features of the pictures (N, C * pictures), of several crops their mean by
+        their weights (N, boxes), which sum to 1."""
+        n, _, height, width = image.shape
+        image = image.reshape(-1, 3, height, width)
+        if self.scorer is None:
+            return self.backbone(self.normalise(image)).view(n, -1), image.new_ones(n, 1)
+        there = (image != 0).flatten(1).any(dim=1)
+        there[self.wholes :: self.wholes + self.boxes] = True  # there always is a best one
+        found = self.backbone(self.normalise(image[there]))
+        features = found.new_zeros(len(image), found.shape[1])
+        features[there] = found
+        features, there = features.view(n, -1, self.features), there.view(n, -1)[:, self.wholes :]
+        crops = features[:, self.wholes :]
+        score = self.scorer(crops).squeeze(2).float().masked_fill(~there, NOTHING)
+        weight = score.softmax(dim=1)
+        pooled = (crops * weight.unsqueeze(2).to(crops.dtype)).sum(dim=1)
+        return torch.cat([features[:, : self.wholes].flatten(1), pooled], dim=1), weight
+
     def forward(self, image: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
         """image (N, 3 * pictures, S, S), meta (N, M) -> logit (N, K)."""
-        n, _, height, width = image.shape
-        image = image.reshape(n * self.pictures, 3, height, width)
-        features = self.backbone(self.normalise(image)).view(n, -1)  # (N, C * pictures)
+        features, _ = self.read(image)
         if self.meta_branch is not None:
             features = torch.cat([features, self.meta_branch(meta)], dim=1)
         return self.head(features)
@@ -287,11 +320,11 @@ class Scout(Network):
         self.kept, self.shape = (np.uint8, (3, spec.tile, spec.tile)) if spec.finetune else (np.float16, self.channels)
         heads = spec.heads or spec.outputs
         self.trunk = nn.Sequential(
-            nn.BatchNorm1d(self.channels, affine=False),  # channels differ a hundredfold; without it nothing is learned
+            # channels of feature maps differ a hundredfold: unless they are standardised, nothing is learned
+            nn.Identity() if spec.tile else nn.BatchNorm1d(self.channels, affine=False),
             nn.Linear(self.channels, spec.hidden), nn.LayerNorm(spec.hidden), nn.GELU(), nn.Dropout(spec.dropout),
         )  # fmt: skip
-        self.look, self.gate = nn.Linear(spec.hidden, spec.hidden), nn.Linear(spec.hidden, spec.hidden)
-        self.scorer = nn.Linear(spec.hidden, heads)
+        self.scorer = GatedAttention(spec.hidden, spec.hidden, heads)
         self.slope = nn.Linear(2, heads, bias=False) if spec.place else None
         self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.hidden * (spec.heads or 1), spec.outputs))
         self.own_heads = spec.heads == 0  # every output has one
@@ -367,9 +400,8 @@ class Scout(Network):
         return embedding
 
     def score(self, embedding: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """Embeddings (N, B, D) and places (N, B, 2) -> what every head thinks of a cell before the softmax (N, H, B).
-        Ilse et al. 2018, equation 9."""
-        score = self.scorer(self.look(embedding).tanh() * self.gate(embedding).sigmoid()).float()
+        """Embeddings (N, B, D) and places (N, B, 2) -> what every head thinks of a cell (N, H, B)."""
+        score = self.scorer(embedding).float()
         if self.slope is not None:
             score = score + self.slope(place.nan_to_num() * self.grid).float()
         return score.masked_fill(place[..., :1].isnan(), NOTHING).transpose(1, 2)
@@ -535,6 +567,17 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Mixed precision: amp is "off", "bf16" or "fp16"."""
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+
+
+@torch.inference_mode()
+def box_weights(model: MetaResNet, loader, device: torch.device, amp: str = "off") -> np.ndarray:
+    """How much a network for several crops looks at each: (N, boxes), rows sum to 1, 0 where there is none."""
+    model.eval()
+    weights = []
+    for image, *_ in loader:
+        with autocast(device, amp):
+            weights.append(model.read(image.to(device))[1].float().cpu().numpy())
+    return np.concatenate(weights)
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
 """Classify new images with a run or a blend, and show where it looked.
 
 Reads   --run (train.py or ensemble.py) and the image files or folders named (never written)
-Writes  --output/: predictions.csv (probability, one column per member of a blend, box), predictions.json and
-        NAME.png per image: box, attention, crop
+Writes  --output/: predictions.csv (probability, one column per member of a blend, best box), predictions.json and
+        NAME.png per image: box, attention, crop; if there are several boxes also boxes.csv, with what each weighed
 
     python predict.py --run runs/ensemble path/to/images
     python predict.py --run runs/chipnet one.jpg two.png --csv metadata.csv
@@ -56,10 +56,12 @@ THUMBNAIL = 448  # longest side, in pixels, of the picture an image is drawn fro
 
 @dataclass
 class Look:
-    """Where a run looked: maps (N, h, w) of a frame, boxes and crops (N, S, S, 3)."""
+    """Where a run looked: maps (N, h, w) of a frame, boxes of every image, best first, and crops (N, K, S, S, 3), black
+    where there is no box. weights: of the boxes in the prediction (N, K)."""
 
     maps: np.ndarray
-    boxes: list[Box]
+    boxes: list[list[Box]]
+    weights: np.ndarray
     crops: np.ndarray
     frame: Frame
 
@@ -122,11 +124,14 @@ class Single:
             amp = self.amp if self.crop is None else self.crop["amp"]
             seen = images.seen_by(self.finder.scout)
             maps = self.finder.maps(seen, self.device, images.sizes, amp=amp, batch_size=BATCH)
-            boxes = [self.finder.box(*pair) for pair in zip(maps, images.sizes, strict=True)]
+            boxes = [self.finder.boxes(*pair) for pair in zip(maps, images.sizes, strict=True)]
+            crops = np.zeros((len(boxes), self.finder.n_boxes, self.size, self.size, 3), np.uint8)
             with ThreadPoolExecutor(util.CPUS) as pool:
-                corners = [[box.corners] for box in boxes]
-                crops = list(pool.map(read_crops, images.paths, corners, [[self.size]] * len(boxes), images.sizes))
-            images.looks[self.key] = Look(maps, boxes, np.concatenate(crops), self.finder.frame)
+                corners = [[box.corners for box in each] for each in boxes]
+                found = pool.map(read_crops, images.paths, corners, [[self.size] * len(b) for b in boxes], images.sizes)
+                for row, each in enumerate(found):
+                    crops[row, : len(each)] = each
+            images.looks[self.key] = Look(maps, boxes, np.ones(crops.shape[:2]), crops, self.finder.frame)
         return images.looks.get(self.key)
 
     def predict(self, images: Images, found: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
@@ -134,13 +139,19 @@ class Single:
         seen, table = images.seen_by(self.scout), images.table
         if self.crop is not None:
             look = self.look(images)
-            table = table.assign(**{BOX_SIDE: [box.side for box in look.boxes] / np.min(images.sizes, axis=1)})
-            seen = np.concatenate([seen, look.crops], axis=3) if len(self.inputs) > 1 else look.crops
-        probs = {}
+            table = table.assign(**{BOX_SIDE: [boxes[0].side for boxes in look.boxes] / np.min(images.sizes, axis=1)})
+            parts = [*([seen] if len(self.inputs) > 1 else []), *look.crops.swapaxes(0, 1)]
+            seen = np.concatenate(parts, axis=3)
+        probs, weights = {}, []
         for k, network in self.networks.items():
             meta = torch.from_numpy(self.encoders[k].encode(table)).split(BATCH)
             loader = zip(split(seen, BATCH), meta, strict=True)
             probs[k] = models.predict(network, self.tasks[k], loader, self.device, self.tta, self.amp)
+            if self.finder and self.finder.n_boxes > 1:
+                pixels = ((part, None) for part in split(seen, BATCH))
+                weights.append(models.box_weights(network, pixels, self.device, self.amp))
+        if weights:
+            look.weights = np.mean(weights, axis=0)
         found[self.name] = np.mean(list(probs.values()), axis=0)
         return probs
 
@@ -251,8 +262,9 @@ def draw(path: Path, images: Images, row: int, look: Look | None, words: str) ->
     figure = new_figure(figsize=(9, 3.2))
     axes, parts = figure.subplots(1, 3), (None, None, None)
     if look is not None:
-        parts = look.boxes[row], upsample(look.maps[row]), look.crops[row], look.frame
-        axes[1].set_title(look.boxes[row].reason or "attention", fontsize=9)
+        crops = np.concatenate(look.crops[row, : len(look.boxes[row])], axis=1)
+        parts = look.boxes[row], upsample(look.maps[row]), crops, look.frame
+        axes[1].set_title(look.boxes[row][0].reason or "attention", fontsize=9)
         axes[2].set_title("crop", fontsize=9)
     draw_row(axes, np.asarray(image), images.sizes[row], *parts)
     axes[0].set_title(f"{images.table[ID].iloc[row]}: {words}", fontsize=9)
@@ -274,7 +286,8 @@ def main(args: argparse.Namespace) -> Path:
     table = read_meta(args, list(paths), predictor.meta_columns())
     if args.output.resolve() in {path.resolve().parent for path in paths.values()}:
         raise InputError(f"--output {args.output} holds the images; pass another folder")
-    output, tables, written = open_output(args.output, "predictions.json", args.overwrite, {}), [], ["predictions.csv"]
+    output, written = open_output(args.output, "predictions.json", args.overwrite, {}), ["predictions.csv"]
+    tables, each_box = [], []
     with tqdm(total=len(paths), unit="image") as bar:
         for images in read_chunks(paths, table, predictor, args.on_error):
             found: dict[str, np.ndarray] = {}
@@ -289,7 +302,11 @@ def main(args: argparse.Namespace) -> Path:
                 rows[[name] if alone else [f"{name}_{column}" for column in run.task.columns]] = values
             look = predictor.look(images)
             if look is not None:
-                rows[[*CORNERS, "confidence", "fallback"]] = [(*b.corners, b.confidence, b.reason) for b in look.boxes]
+                best = [boxes[0] for boxes in look.boxes]
+                rows[[*CORNERS, "confidence", "fallback"]] = [(*b.corners, b.confidence, b.reason) for b in best]
+                each_box += [(name, k, *box.corners, box.confidence, weight[k])
+                             for name, boxes, weight in zip(rows[ID], look.boxes, look.weights, strict=True)
+                             for k, box in enumerate(boxes)]  # fmt: skip
             if args.pictures:
                 for row, name in enumerate(rows[ID]):
                     draw(output / f"{name}.png", images, row, look, run.task.show(prob[row]))
@@ -300,6 +317,10 @@ def main(args: argparse.Namespace) -> Path:
         raise InputError("none of the images could be read; pass others")
     result = pd.concat(tables)
     write_table(output / "predictions.csv", result)
+    if look is not None and look.weights.shape[1] > 1:
+        columns = [ID, "box", *CORNERS, "confidence", "weight"]
+        write_table(output / "boxes.csv", pd.DataFrame(each_box, columns=columns))
+        written.append("boxes.csv")
     facts = {"run": args.run.resolve(), "sha256": {name: sha256(output / name) for name in written}}
     finish_output(output, "predictions.json", facts | provenance())
     means = ", ".join(f"{column} {result[column].mean():.3f}" for column in run.task.columns)

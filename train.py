@@ -39,7 +39,7 @@ from plumbing.backbones import read_torch_file
 from plumbing.cells import make_cells
 from plumbing.data import Data, read_data
 from plumbing.distributed import Team
-from plumbing.files import atomic, provenance, write_table
+from plumbing.files import atomic, provenance, read_json, write_table
 from plumbing.guards import check_inputs, fold_weights
 from tasks import KINDS, Task, main_score, pick_rows
 from util import FOLD, ID, InputError, Stopped
@@ -216,6 +216,12 @@ def finish_fold(k: int, args, data: Data, run_dir: Path, team: Team, images: dic
         tables[part][task.columns] = predict(model, task, loader, args, team, args.tta)
     if not team.leads:
         return
+    if getattr(model, "boxes", 1) > 1:
+        loader = dataset.eval_loader(valid, np.arange(len(valid)), args.batch_size, args.workers)
+        weights = models.box_weights(model, loader, team.device, args.amp)
+        table = pd.DataFrame(weights, data.train[ID].to_numpy()[valid.rows]).rename_axis(ID).melt(
+            ignore_index=False, var_name="box", value_name="weight")  # fmt: skip
+        write_table(run_dir / f"fold{k}_boxes.csv", table.reset_index().assign(**{FOLD: k}))
     if args.fsg:
         target = data.target[valid.rows]
         some = pick_rows(task.strata(target), np.arange(len(valid)), gates.PRUNE_ROWS)
@@ -270,9 +276,12 @@ def parse_folds(words: list[str], n_folds: int) -> list[int]:
 
 
 def make_spec(args: argparse.Namespace, data: Data, meta_dim: int = 0) -> models.Spec:
-    """What models.build_model needs to rebuild the network."""
+    """What models.build_model needs to rebuild the network. Raises InputError if it cannot take so many crops."""
+    boxes = 1 if args.crop_dir is None else read_json(args.crop_dir / "crop.json").get("n_boxes", 1)
+    if boxes > 1 and models.MODELS[args.model].network is not models.MetaResNet:
+        raise InputError(f"{args.crop_dir} has {boxes} boxes of an image, {args.model} takes one; crop with --n_boxes 1")
     sizes = {"image_size": data.size, "meta_dim": meta_dim, "outputs": len(data.task.names)}
-    parts = {"hidden": args.hidden, "dropout": args.dropout, "gates": args.gate_init}
+    parts = {"hidden": args.hidden, "dropout": args.dropout, "gates": args.gate_init, "boxes": boxes}
     parts |= {key: getattr(args, key) for key in ("scout_size", "tile", "finetune", "top_m", "heads", "place")}
     return models.Spec(args.model, args.backbone, **sizes, **parts, strides=tuple(args.stride))
 

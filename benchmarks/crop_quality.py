@@ -165,7 +165,7 @@ def plot_cases(path: Path, squares: np.ndarray, cases: list, boxes: list, maps: 
         inside = [Box(b.x0 - left, b.y0 - top, b.x1 - left, b.y1 - top)
                   for b in (boxes[case], cases[case]["ideal"])]  # fmt: skip
         pair = axes[row, column], axes[row + 1, column]
-        draw_row(pair, squares[case], (min(size),) * 2, inside[0], maps[case], None)
+        draw_row(pair, squares[case], (min(size),) * 2, inside[:1], maps[case], None)
         x0, y0, x1, y1 = np.array(inside[1].corners) * len(squares[case]) / min(size)
         pair[0].plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="yellow", linestyle="--")
         word = ("best", "median", "worst")[n // 6]

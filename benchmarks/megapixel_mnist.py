@@ -97,10 +97,11 @@ def judge(args: argparse.Namespace) -> None:
     """Print the accuracy of a run on the test images."""
     run = read_run(args.run)
     found = run.table("test_predictions.csv").groupby(ID, sort=False)[run.task.columns].mean()
-    truth = read_table(args.pictures / "test.csv", run.task.targets).set_index(ID).loc[found.index]
+    names = np.array(run.task.names)
+    truth = read_table(args.pictures / "test.csv", names).set_index(ID).loc[found.index, names].to_numpy()
     for question in QUESTIONS:
-        chosen = [i for i, name in enumerate(run.task.targets) if name.startswith(question)]
-        prob, answer = found.to_numpy()[:, chosen], truth[run.task.targets].to_numpy()[:, chosen]
+        chosen = np.char.startswith(names, question)
+        prob, answer = found.to_numpy()[:, chosen], truth[:, chosen]
         right = prob.argmax(axis=1) == answer.argmax(axis=1)
         if question == "multi":
             right = ((prob > 0.5) == answer).all(axis=1)

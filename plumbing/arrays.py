@@ -22,12 +22,12 @@ def array_path(directory: Path, split: str, size: int) -> Path:
 
 
 def open_array(path: Path, rows: int, size: int | None = None, dtype=np.uint8) -> np.ndarray:
-    """Memory-map images uint8 (rows, size, size, 3), or maps float32 (rows, h, w) if dtype is np.float32. Raises
-    InputError if the file is broken or anything else."""
+    """Memory-map images uint8 (rows, size, size, 3), several crops of each (rows, K, size, size, 3), or maps float32
+    (rows, h, w) if dtype is np.float32. Raises InputError if the file is broken or anything else."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        side = size or array.shape[1]
-        expected = (rows, side, side, 3) if dtype == np.uint8 else (rows, *array.shape[1:3])
+        side, several = size or array.shape[-2], array.shape[1:2] if array.ndim == 5 else ()
+        expected = (rows, *several, side, side, 3) if dtype == np.uint8 else (rows, *array.shape[1:3])
         if array.shape != expected or array.dtype != dtype or not array.flags.c_contiguous:
             raise ValueError(f"it holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {expected}")
     except OSError:
@@ -38,7 +38,7 @@ def open_array(path: Path, rows: int, size: int | None = None, dtype=np.uint8) -
 
 
 class Rows:
-    """Images of an array on disk, read when they are asked for: uint8 (n_rows, S, S, 3). Plain reads, because touched
+    """Images of an array on disk, read when they are asked for: uint8 (n_rows, S, S, 3) or (n_rows, K, S, S, 3). Plain reads, because touched
     pages of a memory map count as memory of the process: in the end the whole array. It pickles small: the process that
     reads opens the file."""
 
@@ -49,7 +49,7 @@ class Rows:
         return self.__dict__ | {"_file": None}
 
     def __getitem__(self, rows: int | np.ndarray) -> np.ndarray:
-        """Images of some rows, or of one: uint8 (len(rows), S, S, 3) or (S, S, 3)."""
+        """Images of some rows, or of one: uint8 (len(rows), ..., 3) or (..., 3)."""
         if self._file is None:
             array = open_array(self.path, self.n_rows)
             self._shape, self._offset, self._file = array.shape[1:], array.offset, open(self.path, "rb", buffering=0)

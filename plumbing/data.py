@@ -140,17 +140,24 @@ def read_data(data_dir: Path) -> Data:
 
 
 # ---------------------------------------------------------------- boxes
-def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> pd.DataFrame:
-    """A table with the side of every image's box and the box's place in its wide crop. Raises InputError if the boxes
-    are of other images or not inside them."""
+def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> tuple[pd.DataFrame, np.ndarray]:
+    """A table with the side of every image's best box, and the place of its boxes in their wide crops (N, K, 3), NaN
+    where there is none. Raises InputError if the boxes are of other images or not inside them."""
     path = crop_dir / f"{split}_boxes.csv"
-    boxes = read_table(path, (*CORNERS, *PLACE))
-    place = {column: numbers(boxes, column, path, 0, 1) for column in PLACE}
+    boxes = read_csv(path, (ID, *CORNERS, *PLACE), text=(ID,))
+    number = numbers(boxes, "box", path, 0, 999).astype(int) if "box" in boxes else np.zeros(len(boxes), int)
+    best = boxes[number == 0].reset_index(drop=True)
     short, long = (table[["width", "height"]].agg(end, axis=1) for end in ("min", "max"))
-    side = (numbers(boxes, "x1", path) - numbers(boxes, "x0", path)) / short
-    if boxes[ID].tolist() != table[ID].tolist() or not side.between(0, long / short + 1e-6, inclusive="right").all():
+    side = numbers(best, "x1", path) - numbers(best, "x0", path)
+    values = np.stack([numbers(boxes, column, path, 0, 1) for column in PLACE], axis=1)
+    row = pd.Series(np.arange(len(table)), index=table[ID]).reindex(boxes[ID]).to_numpy()
+    if best[ID].tolist() != table[ID].tolist() or np.isnan(row).any() or not (
+        (side / short).between(0, long / short + 1e-6, inclusive="right").all()
+    ):
         raise InputError(f"{path} has boxes of other images than the table, or outside of them; run crop.py again")
-    return table.assign(**{BOX_SIDE: side}, **place)
+    place = np.full((len(table), number.max() + 1, len(PLACE)), np.nan)
+    place[row.astype(int), number] = values
+    return table.assign(**{BOX_SIDE: side / short}), place
 
 
 # ---------------------------------------------------------------- metadata

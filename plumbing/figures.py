@@ -72,16 +72,16 @@ def plot_curves(path: Path, log: pd.DataFrame, metric: str) -> None:
     save_figure(path, figure)
 
 
-def draw_row(axes, image: np.ndarray, size: tuple[int, int], box, attention, crop, frame: Frame = "square") -> None:
-    """Draw one image on three axes: with its box, its attention, and the crop. image: a picture (H, W, 3) of an
-    original of `size` (width, height); attention (h, w) covers what frame_of says; box (localize.Box), attention and
-    crop may be None."""
+def draw_row(axes, image: np.ndarray, size: tuple[int, int], boxes, attention, crop, frame: Frame = "square") -> None:
+    """Draw one image on three axes: with its boxes, its attention, and the crop. image: a picture (H, W, 3) of an
+    original of `size` (width, height); attention (h, w) covers what frame_of says; boxes (of localize.Box),
+    attention and crop may be None."""
     height, width = image.shape[:2]
     for axis in axes:
         axis.set_axis_off()
     axes[0].imshow(image)
     axes[1].imshow(image)
-    if box is not None:
+    for box in boxes or ():
         x0, y0, x1, y1 = (edge * width / size[0] for edge in box.corners)
         axes[0].plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="lime", linewidth=1.5, clip_on=False)
     if attention is not None:

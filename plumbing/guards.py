@@ -53,7 +53,7 @@ def check_inputs(args, data: Data, folds: list[int], uses_meta: bool) -> tuple[d
         crop = read_json(args.crop_dir / "crop.json")
         check_crops(args.crop_dir, crop, data, folds)
         folders["crop"] = args.crop_dir, crop, sizes | {"train_wide": crop["wide_size"]}
-        table = with_boxes(table, args.crop_dir, "train")
+        table = with_boxes(table, args.crop_dir, "train")[0]
     if args.guide is not None:
         guide = read_json(args.guide / "crop.json")
         check_crops(args.guide, guide, data, folds, guide=True)

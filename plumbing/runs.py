@@ -205,7 +205,7 @@ def collect(run_dir: Path, data: Data) -> dict:
         oof, log = gather("oof"), gather("log")
         place = pd.Series(np.arange(len(data.train)), index=data.train[ID])
         oof = oof.iloc[np.argsort(place[oof[ID]].to_numpy())]
-        for name in ("log", "gates", "prune"):
+        for name in ("log", "boxes", "gates", "prune"):
             if (table := gather(name)) is not None:
                 write_table(run_dir / f"{name}.csv", table)
         plot_curves(run_dir / "curves.png", log, data.task.metric)

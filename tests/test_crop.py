@@ -125,7 +125,7 @@ def test_a_source_is_one_row(make, data_dir, monkeypatch):
     assert (crops.name, (boxes["fallback"].isna() & (boxes["oof"] == 1)).all()) == ("corner", True)
     finder = localize.Finder.load(crops, read_json(crops / "crop.json"), torch.device("cpu"))  # as predict.py does
     size = tuple(read_data(data_dir).train[["width", "height"]].iloc[0])
-    box = finder.box(finder.maps(np.zeros((1, 64, 64, 3), np.uint8), "cpu")[0], size)
+    box = finder.boxes(finder.maps(np.zeros((1, 64, 64, 3), np.uint8), "cpu")[0], size)[0]
     assert boxes[CORNERS].iloc[0].tolist() == pytest.approx(box.corners)
 
 

@@ -94,7 +94,7 @@ def test_jittered_crops_stay_near_the_box_and_are_now_and_then_the_whole(tmp_pat
     np.save(tmp_path / "wide.npy", wide)
     np.save(tmp_path / "whole.npy", np.full((1, 100, 100, 3), 255, np.uint8))
     wide, whole = (Stored(tmp_path / f"{name}.npy", 1) for name in ("wide", "whole"))
-    crops, rng = Jittered(wide, whole, np.array([[20 / 140, 20 / 140, 100 / 140]]), 100), np.random.default_rng(0)
+    crops, rng = Jittered(wide, whole, np.array([[[20 / 140, 20 / 140, 100 / 140]]]), 100), np.random.default_rng(0)
     drawn = [crops(0, rng).astype(float) for _ in range(400)]
     cut = np.stack([crop for crop in drawn if crop.min() < 255])
     assert 0.05 < 1 - len(cut) / 400 < 0.16
@@ -103,8 +103,13 @@ def test_jittered_crops_stay_near_the_box_and_are_now_and_then_the_whole(tmp_pat
     assert 120 < span.max() <= 127
     assert 8 < np.abs(middle - 69.5).max() <= 11
     assert middle.std(axis=0).min() > 3
-    edge = Jittered(wide, whole, np.array([[0.0, 0.0, 1.0]]), 100)  # a box that fills it
+    edge = Jittered(wide, whole, np.array([[[0.0, 0.0, 1.0]]]), 100)  # a box that fills it
     assert {edge(0, rng).shape for _ in range(50)} == {(100, 100, 3)}
+    np.save(tmp_path / "wides.npy", np.full((1, 3, 140, 140, 3), 9, np.uint8))
+    place = np.array([[[0.1, 0.1, 0.7], [0.2, 0.2, 0.7], [np.nan] * 3]])
+    several = Jittered(Stored(tmp_path / "wides.npy", 1), whole, place, 100)(0, rng)
+    assert several.shape == (3, 100, 100, 3)
+    assert several.any(axis=(1, 2, 3)).tolist() == [True, True, False]
 
 
 def make(data_dir, transform=None, guide=None):

@@ -80,7 +80,7 @@ def test_images_are_decoded_and_searched_as_in_training(runs, test_images, tmp_p
     for amp in ("off", "bf16"):  # of the maps the run's crops were cut by
         change(runs / "cropnet" / "config.json", lambda config, amp=amp: config["crop"].update(amp=amp))
         found.append(predict(runs / "cropnet", tmp_path / amp, test_images[1])["confidence"].item())
-        box = finder.box(finder.maps(square[None], CPU, amp=amp)[0], size)
+        box = finder.boxes(finder.maps(square[None], CPU, amp=amp)[0], size)[0]
         assert found[-1] == pytest.approx(box.confidence, abs=1e-6)
     assert found[0] != found[1]
 

@@ -54,7 +54,7 @@ def test_the_head_alone_learns_and_starts_from_one_backbone_in_every_fold():
     two = scout().train()
     assert all(torch.equal(*pair) for pair in zip(one.backbone.buffers(), two.backbone.buffers(), strict=True))
     assert one.fingerprint() == two.fingerprint() != scout(strides=(32,)).fingerprint()
-    assert not torch.equal(one.scorer.weight, two.scorer.weight)
+    assert not torch.equal(one.head[1].weight, two.head[1].weight)
     before = two.fingerprint()
     optimizer = torch.optim.Adam(two.param_groups(1e-2, 1e-2))
     two(a_bag(two, 16, 12, 3), torch.zeros(3, 0)).square().sum().backward()
