@@ -3,8 +3,8 @@
 Reads   --data_dir (preprocess.py), the originals (never written), and by --source: --run (a trained run), --backbone
         with --weights, or --boxes
 Writes  --output_dir/NAME/: {train,test}_224.npy, train_wide_314.npy (for jitter in training), {train,test}_boxes.csv,
-        {train,test}_attention.npy, the networks that made the maps, crop.json, worth.json, montage.png. With --n_boxes K
-        arrays have K crops of an image, black where there is no place, and boxes.csv a row and a number for each box
+        {train,test}_attention.npy, the networks that made the maps, crop.json, worth.json, montage.png. With
+        --n_boxes K arrays hold K crops of an image, black where there is no place, and a csv has a row for every box
 
     python crop.py
     python crop.py --source saliency
@@ -109,8 +109,8 @@ def learn_saliencies(data: Data, path: Path, args: argparse.Namespace, device: t
 
 
 def read_boxes(path: Path, table: pd.DataFrame, frame: str, n_boxes: int) -> list[list[Box]]:
-    """Boxes of a table's images from a csv, the first n_boxes of each, made square; the whole frame for images that have
-    none there."""
+    """Boxes of a table's images from a csv, the first n_boxes of each, made square; the whole frame for images that
+    have none there."""
     columns = (ID, *CORNERS)
     given = read_csv(path, columns, text=(ID,)) if n_boxes > 1 else read_table(path, CORNERS)
     given = given.dropna(subset=[ID, *CORNERS], thresh=2)
@@ -249,8 +249,8 @@ def judge_worth(data: Data, cropper: Cropper) -> dict:
     facts = {"factor": factor, "box_side": np.median(sides), "box_side_in_input": np.median(sides) / factor,
              "cropped": np.mean([boxes[0].reason == "" for boxes in cropper.boxes])}  # fmt: skip
     says = next(says for least, says in WORTH.items() if factor >= least)
-    print(f"an original is {factor:.1f} times the input, and a box {facts['box_side_in_input']:.0f} px wide there: {says}; "
-          "see docs/gain.md")  # fmt: skip
+    wide = facts["box_side_in_input"]
+    print(f"originals are {factor:.1f} times the input, and boxes {wide:.0f} px wide there: {says}; see docs/gain.md")
     return facts | {"says": says}
 
 

@@ -279,7 +279,7 @@ def make_spec(args: argparse.Namespace, data: Data, meta_dim: int = 0) -> models
     """What models.build_model needs to rebuild the network. Raises InputError if it cannot take so many crops."""
     boxes = 1 if args.crop_dir is None else read_json(args.crop_dir / "crop.json").get("n_boxes", 1)
     if boxes > 1 and models.MODELS[args.model].network is not models.MetaResNet:
-        raise InputError(f"{args.crop_dir} has {boxes} boxes of an image, {args.model} takes one; crop with --n_boxes 1")
+        raise InputError(f"{args.crop_dir} has {boxes} boxes of an image, {args.model} takes one; pass other crops")
     sizes = {"image_size": data.size, "meta_dim": meta_dim, "outputs": len(data.task.names)}
     parts = {"hidden": args.hidden, "dropout": args.dropout, "gates": args.gate_init, "boxes": boxes}
     parts |= {key: getattr(args, key) for key in ("scout_size", "tile", "finetune", "top_m", "heads", "place")}
@@ -346,7 +346,7 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="of a scout: longest side of what it sees, in pixels")
     data("--stride", type=int, nargs="+", choices=(8, 16, 32), default=list(models.Spec.strides),
          help="of a scout: of its feature maps")
-    data("--tile", type=util.number(int, 0), default=0, help="of a scout: side in pixels of tiles that it reads instead")
+    data("--tile", type=util.number(int, 0), default=0, help="of a scout: side in pixels of tiles to read instead")
     data("--limit", type=count, help="use this many images per class: a dry run")
     fit = parser.add_argument_group("optimisation").add_argument
     fit("--fold", nargs="+", default=["all"], help="held-out folds from 0, or all")

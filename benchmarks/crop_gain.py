@@ -2,11 +2,13 @@
 
     python benchmarks/crop_gain.py DATA_DIR --crop_dir CROPS --train_flags='--epochs 3'
 
-Trains what is missing in --runs_dir: full (resnet), crop (cropnet), fusion, and with --oracle_dir (crops by mask boxes)
-oracle, once per seed. Prints the out-of-fold AUC (ranked inside folds) of each and of their blends (rank means), for
-all images and for lesions below 20 % of the square, and their gain over the control, which is the mean of two full nets
-of different seeds. Blends are averaged over all pairs of seeds. No patient data is used; nets on crops are told the
-side of their box, for a crop does not show its own size.
+Trains what is missing in --runs_dir: full (resnet), crop (cropnet), fusion, with --oracle_dir (crops by mask boxes)
+oracle, and with --large_dir (the same data with 1.4 times the side) large: as many pixels as whole and crop together.
+Each once per seed. Prints the out-of-fold AUC (ranked inside folds) of each and of their blends (rank means, and means
+whose weight for a fold maximises the AUC of the others), for all images and, where there are masks, for lesions below
+20 % of the square, and their gain over the control, which is the mean of two full nets of different seeds. Blends are
+averaged over all pairs of seeds. No patient data is used; nets on crops are told the side of their box, for a crop does
+not show its own size.
 
 Intervals are 95 %, by bootstrap over groups and over trainings: every sample also draws the seeds of each arm with
 replacement, so that they are not conditional on the few trainings made. With three seeds that still is a little too
@@ -31,7 +33,7 @@ from plumbing.data import Data, read_data
 from plumbing.runs import read_run
 from util import BOX_SIDE, FOLD, ID, PROB, TARGET, InputError
 
-ARMS = {"full": "resnet", "crop": "cropnet", "fusion": "fusion", "oracle": "cropnet"}
+ARMS = {"full": "resnet", "large": "resnet", "crop": "cropnet", "fusion": "fusion", "oracle": "cropnet"}
 CONTROL = "full + full (control)"
 
 
@@ -40,10 +42,11 @@ def train(arm: str, seed: int, data: Data, args: argparse.Namespace) -> Path:
     run_dir = args.runs_dir / f"{arm}_seed{seed}"
     if not (run_dir / "metrics.json").exists() or len(read_run(run_dir).folds) < data.facts["n_folds"]:
         script = Path(__file__).resolve().parent.parent / "train.py"
-        crop_dir = {"full": None, "oracle": args.oracle_dir}.get(arm, args.crop_dir)
+        crop_dir = {"full": None, "large": None, "oracle": args.oracle_dir}.get(arm, args.crop_dir)
+        data_dir = args.large_dir if arm == "large" else args.data_dir
         crops, meta = ([], []) if crop_dir is None else (["--crop_dir", crop_dir], [BOX_SIDE])
         words = [sys.executable, script, "--model", ARMS[arm], "--name", run_dir.name, "--seed", seed, "--data_dir",
-                 args.data_dir, "--runs_dir", args.runs_dir, "--resume", *crops, "--meta_cols", *meta,
+                 data_dir, "--runs_dir", args.runs_dir, "--resume", *crops, "--meta_cols", *meta,
                  *args.train_flags]  # fmt: skip
         subprocess.run([str(word) for word in words], check=True)
     return run_dir
@@ -55,16 +58,29 @@ def ranks(run_dir: Path, data: Data) -> np.ndarray:
     return scores.rank_in_fold(oof[[PROB]].to_numpy(), oof[FOLD].to_numpy())[:, 0]
 
 
-def make_blends(found: dict[str, list[np.ndarray]]) -> dict[str, dict[tuple, np.ndarray]]:
+def weighted(first: np.ndarray, second: np.ndarray, target: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Weighted mean of two scores (N,) as ranks inside folds; the weight for a fold is the best on the others."""
+    blend = np.empty(len(first))
+    for k in np.unique(fold):
+        mixes = [weight * second + (1 - weight) * first for weight in np.linspace(0, 1, 11)]
+        best = max(mixes, key=lambda mix: scores.auc(target[fold != k], mix[fold != k]))
+        blend[fold == k] = best[fold == k]
+    return scores.rank_in_fold(blend[:, None], fold)[:, 0]
+
+
+def make_blends(found: dict[str, list[np.ndarray]], target=None, fold=None) -> dict[str, dict[tuple, np.ndarray]]:
     """What is compared, by name: {(arm, seed) of every member: sum of their scores (N,)}. found: scores by arm, one per
-    seed."""
+    seed. target and fold (N,): of learned weights, without which there are none."""
     nets = {arm: {(arm, seed): score for seed, score in enumerate(each)} for arm, each in found.items()}
     blends = {arm: {(net,): score for net, score in each.items()} for arm, each in nets.items()}
     blends[CONTROL] = {pair: sum(map(nets["full"].get, pair)) for pair in combinations(nets["full"], 2)}
     for arm in ("crop", "oracle", "fusion"):
-        pairs = product(nets["full"].items(), nets.get(arm, {}).items())
-        if arm in nets:
+        pairs = list(product(nets["full"].items(), nets.get(arm, {}).items()))
+        if pairs:
             blends[f"full + {arm}"] = {(a, b): first + second for (a, first), (b, second) in pairs}
+        if pairs and target is not None:
+            blends[f"full + {arm}, learned weights"] = {
+                (a, b): weighted(first, second, target, fold) for (a, first), (b, second) in pairs}  # fmt: skip
     return blends
 
 
@@ -106,15 +122,19 @@ def main(args: argparse.Namespace) -> None:
     data = read_data(args.data_dir)
     if len(set(args.seeds)) < 2:
         raise InputError("--seeds: the control is a blend of two seeds; name at least two")
-    arms = [arm for arm in ARMS if arm != "oracle" or args.oracle_dir]
+    absent = {"oracle": args.oracle_dir is None, "large": args.large_dir is None}
+    arms = [arm for arm in ARMS if not absent.get(arm)]
     found = {arm: [ranks(train(arm, seed, data, args), data) for seed in args.seeds] for arm in arms}
-    target, group = data.train[TARGET].to_numpy(), data.group.to_numpy()
-    share = lesions.shares(data.train, lesions.find_mask_dir(data, args.mask_dir))
-    for name, rows in {"all": np.ones(len(target), dtype=bool), "small": share < lesions.SMALL}.items():
+    target, group, fold = data.train[TARGET].to_numpy(), data.group.to_numpy(), data.train[FOLD].to_numpy()
+    parts, mask_dir = {"all": np.ones(len(target), dtype=bool)}, lesions.find_mask_dir(data, args.mask_dir)
+    if mask_dir.is_dir():
+        parts["small"] = lesions.shares(data.train, mask_dir) < lesions.SMALL
+    for name, rows in parts.items():
         print(f"\n{name}: {rows.sum()} images, {target[rows].sum()} positive, {len(args.seeds)} seeds, "
               f"{data.facts['n_folds']} folds, {data.size} px\n")  # fmt: skip
         print("| | AUC | sd over seeds | against full + full |\n|---|---|---|---|")
-        blends = make_blends({arm: [score[rows] for score in each] for arm, each in found.items()})
+        chosen = {arm: [score[rows] for score in each] for arm, each in found.items()}
+        blends = make_blends(chosen, target[rows], fold[rows])
         for arm, (auc, spread, gain, low, high) in compare(blends, target[rows], group[rows]).items():
             print(f"| {arm} | {auc:.3f} | {spread:.3f} | {gain:+.3f} [{low:+.3f}, {high:+.3f}] |")
 
@@ -126,6 +146,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("data_dir", type=Path, help="from preprocess.py, with masks beside")
     add("--crop_dir", type=Path, required=True, help="crops to judge")
     add("--oracle_dir", type=Path, help="crops by mask boxes: the ceiling")
+    add("--large_dir", type=Path, help="the same data, larger: the control of equal cost")
     add("--mask_dir", type=Path, help="NAME.png by image [masks/ by the images]")
     add("--runs_dir", type=Path, default=Path("runs/crop_gain"), help="of the arms")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two")

@@ -38,9 +38,9 @@ def open_array(path: Path, rows: int, size: int | None = None, dtype=np.uint8) -
 
 
 class Rows:
-    """Images of an array on disk, read when they are asked for: uint8 (n_rows, S, S, 3) or (n_rows, K, S, S, 3). Plain reads, because touched
-    pages of a memory map count as memory of the process: in the end the whole array. It pickles small: the process that
-    reads opens the file."""
+    """Images of an array on disk, read when they are asked for: uint8 (n_rows, S, S, 3) or (n_rows, K, S, S, 3). Plain
+    reads, because touched pages of a memory map count as memory of the process: in the end the whole array. It pickles
+    small: the process that reads opens the file."""
 
     def __init__(self, path: Path, n_rows: int):
         self.path, self.n_rows, self._file = path, n_rows, None

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -26,6 +27,7 @@ import fsg_ablation
 import fsg_cost
 import kill_test
 import lesions
+import megapixel_mnist
 import speed
 import streets
 import targets
@@ -216,6 +218,43 @@ def test_scenes_have_one_sign_each_and_crops_are_judged_by_it(tmp_path, capsys):
     boxes.assign(oof=[1, 0]).to_csv(tmp_path / "train_boxes.csv", index=False)
     run(streets, "judge", tmp_path, "--boxes", tmp_path / "out" / "objects.csv")
     assert "1.000 of 1 images" in capsys.readouterr().out
+    pd.concat([boxes, objects.assign(oof=1)]).sort_values("image_name", kind="stable").to_csv(
+        tmp_path / "train_boxes.csv", index=False)  # fmt: skip
+    run(streets, "judge", tmp_path, "--boxes", tmp_path / "out" / "objects.csv")
+    assert "0.500 of 2 images have their sign in the best crop, 1.000 in one of up to 2" in capsys.readouterr().out
+
+
+def test_megapixel_pictures_hold_their_digits_and_answers_are_counted(tmp_path, capsys):
+    (tmp_path / "mnist").mkdir()
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        digits = {"x": rng.integers(1, 256, (20, 28, 28), dtype=np.uint8), "y": np.arange(20) % 10}
+        np.savez(tmp_path / "mnist" / f"{split}.npz", **digits)
+    words = ["--side", 300, "--noise", 3, "--train", 12, "--test", 4]
+    run(megapixel_mnist, "draw", tmp_path / "mnist", tmp_path / "out", *words)
+    truth, boxes = (pd.read_csv(tmp_path / "out" / f"{name}.csv") for name in ("test", "digits"))
+    for name, shown in boxes.groupby("image_name"):
+        picture = cv2.imread(str(tmp_path / "out" / "images" / f"{name}.png"), cv2.IMREAD_GRAYSCALE)
+        assert len(shown) == 5
+        assert all((picture[y0:y1, x0:x1] > 0).all() for x0, y0, x1, y1 in shown[["x0", "y0", "x1", "y1"]].to_numpy())
+        if name.startswith("test"):
+            row = truth[truth["image_name"] == name].iloc[0]
+            assert sorted(shown["digit"].unique()) == [k for k in range(10) if row[f"multi_{k}"]]
+            assert row[f"majority_{shown['digit'].mode()[0]}"] == row[f"max_{shown['digit'].max()}"] == 1
+            assert row[f"top_{shown['digit'].iloc[shown['y0'].argmin()]}"] == 1
+    names = truth.columns[1:].tolist()
+    prob = truth[names].to_numpy(float)
+    prob[0, names.index("multi_3")] = 1 - prob[0, names.index("multi_3")]  # one wrong answer
+    found = pd.DataFrame(prob, columns=[f"prob_{name}" for name in names]).assign(image_name=truth["image_name"])
+    task = MultiLabel(tuple(names), "ap")
+    fake = SimpleNamespace(task=task, table=lambda _: found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(megapixel_mnist, "read_run", lambda _: fake)
+        run(megapixel_mnist, "judge", "run", "--pictures", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "majority 1.0000  max 1.0000  top 1.0000  multi 0.7500  of 4 pictures" in said
+    run(megapixel_mnist, "speed", tmp_path / "mnist", "--repeats", 1, "--sides", 500)
+    assert "| 500 px" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", [

@@ -149,7 +149,7 @@ def test_tiles_hold_all_of_a_picture_but_what_is_plain(boxes):
     corners = place_tiles(picture, 32)
     covered = np.zeros((128, 128), bool)
     for y, x in corners:
-        assert 0 <= y <= 96 and 0 <= x <= 96
+        assert 0 <= min(y, x) <= max(y, x) <= 96
         covered[y : y + 32, x : x + 32] = True
     assert covered[(picture != picture[127, 64]).any(axis=2)].all() or len(boxes) == 1 and covered.all()
     assert len(corners) == {0: 1, 1: len(corners), 2: 2}.get(len(boxes), min(len(corners), 16))
@@ -209,7 +209,7 @@ def test_the_last_stage_learns_and_the_rest_keeps_its_statistics():
     network(a_bag(network, 4, 2), torch.zeros(2, 0)).square().sum().backward()
     optimizer.step()
     changed = {name for name, value in network.backbone.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed and all(name.startswith("trunk_output.block4.") for name in changed)
+    assert {name.split(".")[1] for name in changed} == {"block4"}
     assert not any("running" in name for name in changed)
 
 
@@ -352,7 +352,9 @@ def test_stopped_cells_go_on_to_the_same_bytes_and_are_made_once(data_dir, tmp_p
 
 @pytest.mark.parametrize(("words", "said"), [
     (["--scout_size", 100], "multiple of 16"), (["--mixup", 0.4], "--mixup"), (["--fsg"], "--fsg"),
-    (["--guide", "crops"], "--guide"), (["--finetune", "all"], "pass --tile"), (["--tile", 500], "--scout_size 96"), (["--crop_dir", "crops"], "--crop_dir"), (["--tta", 4], "--tta")])  # fmt: skip
+    (["--guide", "crops"], "--guide"), (["--finetune", "all"], "pass --tile"),
+    (["--tile", 500], "--scout_size 96"), (["--crop_dir", "crops"], "--crop_dir"), (["--tta", 4], "--tta"),
+])  # fmt: skip
 def test_what_a_scout_cannot_do_is_said_before_anything_is_written(data_dir, tmp_path, words, said):
     before = hashes(data_dir)
     with pytest.raises(InputError, match=said):
