@@ -17,6 +17,7 @@ import torch
 
 import dataset
 import models
+import train
 import util
 from plumbing.cells import make_cells
 from plumbing.data import Data, read_data
@@ -55,7 +56,9 @@ def check_networks(run: Run, data: Data, device: torch.device) -> tuple[bool, st
     """A sample of every fold's held-out rows is predicted as in oof.csv; what is fitted saw training rows."""
     if run.is_blend:
         return True, f"{len(run.members())} members as blended"
-    args, oof, worst, fitted = argparse.Namespace(**run.config["args"]), run.table("oof.csv"), 0.0, True
+    known, oof, worst, fitted = run.config["args"], run.table("oof.csv"), 0.0, True
+    args = train.get_args_parser().parse_args(["--model", known["model"]])  # flags that an older run did not know
+    vars(args).update(known)
     args.crop_dir, args.guide = args.crop_dir and Path(args.crop_dir), None
     for k in run.folds:
         model, content = models.load_checkpoint(run.checkpoint(k), device)

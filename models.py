@@ -394,7 +394,7 @@ class Scout(Network):
         if self.finetune:
             pieces = [values] if torch.is_grad_enabled() else values.split(self.piece)
             values = torch.cat([self.backbone(self.normalise(piece)) for piece in pieces])
-        found = self.trunk(values.float())
+        found = self.trunk(values if torch.is_autocast_enabled(values.device.type) else values.float())
         embedding = found.new_zeros(*known.shape, found.shape[-1])
         embedding[known] = found
         return embedding

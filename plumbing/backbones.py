@@ -32,9 +32,9 @@ def vit_tiny(image_size: int = 224, num_classes: int = 1000) -> tv.VisionTransfo
 
 
 def conv_tiny(num_classes: int = 1000) -> nn.Sequential:
-    """Three convolutions with 28,000 parameters for tiles of about 32 px, all of whose places it tells apart."""
-    layers = []
-    for before, after in ((3, 32), (32, 32), (32, 64)):
+    """Three convolutions with 30,000 parameters for tiles of about 32 px, all of whose places it tells apart."""
+    layers = [nn.Conv2d(3, 32, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)]
+    for before, after in ((32, 32), (32, 64)):
         convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
         layers += [convolution, nn.MaxPool2d(2), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 64, num_classes))
