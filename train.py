@@ -250,6 +250,8 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
         given += ["weights RUN"] if Path(args.weights).is_dir() else []  # another backbone in every fold
         if given:
             raise InputError(f"--{given[0]} changes pictures or backbone, which a scout has seen before; leave it out")
+    elif given := [key for key in ("tile", "finetune", "top_m", "place") if getattr(args, key)]:
+        raise InputError(f"--{given[0]} is for scouts; leave it out for {args.model}")
     args.tta = args.tta or (1 if recipe.scouts else dataset.AUGMENTATIONS[args.augment].views)
     args.loss = args.loss or next(iter(task.losses()))
     if args.loss not in task.losses():

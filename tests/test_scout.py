@@ -353,7 +353,8 @@ def test_stopped_cells_go_on_to_the_same_bytes_and_are_made_once(data_dir, tmp_p
 @pytest.mark.parametrize(("words", "said"), [
     (["--scout_size", 100], "multiple of 16"), (["--mixup", 0.4], "--mixup"), (["--fsg"], "--fsg"),
     (["--guide", "crops"], "--guide"), (["--finetune", "all"], "pass --tile"),
-    (["--tile", 500], "--scout_size 96"), (["--crop_dir", "crops"], "--crop_dir"), (["--tta", 4], "--tta"),
+    (["--tile", 500], "--scout_size 96"), (["--model", "resnet", "--top_m", 4], "--top_m is for scouts"),
+    (["--crop_dir", "crops"], "--crop_dir"), (["--tta", 4], "--tta"),
 ])  # fmt: skip
 def test_what_a_scout_cannot_do_is_said_before_anything_is_written(data_dir, tmp_path, words, said):
     before = hashes(data_dir)
