@@ -32,6 +32,7 @@ from tasks import Task
 from util import InputError
 
 NOTHING = -1e4  # score of a cell that is none; finite, so that a picture of none has a softmax
+FINENESS = 4  # parts of a cell in which places are counted where attention depends on them: few steps make it steep
 CHIP = 32  # pixels; the total stride of the usual backbones, so that a chip becomes one embedding
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -326,6 +327,8 @@ class Scout(Network):
         )  # fmt: skip
         self.scorer = GatedAttention(spec.hidden, spec.hidden, heads)
         self.slope = nn.Linear(2, heads, bias=False) if spec.place else None
+        if spec.place:
+            nn.init.zeros_(self.slope.weight)  # at first all places are alike
         self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.hidden * (spec.heads or 1), spec.outputs))
         self.own_heads = spec.heads == 0  # every output has one
 
@@ -403,7 +406,7 @@ class Scout(Network):
         """Embeddings (N, B, D) and places (N, B, 2) -> what every head thinks of a cell (N, H, B)."""
         score = self.scorer(embedding).float()
         if self.slope is not None:
-            score = score + self.slope(place.nan_to_num() * self.grid).float()
+            score = score + self.slope(place.nan_to_num() * (self.grid * FINENESS)).float()
         return score.masked_fill(place[..., :1].isnan(), NOTHING).transpose(1, 2)
 
     def find_best(self, score: torch.Tensor) -> torch.Tensor:
