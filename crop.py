@@ -39,7 +39,7 @@ from plumbing.cells import make_cells
 from plumbing.data import CORNERS, Data, numbers, read_data, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
-from plumbing.files import copy, finish_output, open_output, provenance, read_csv, sha256, write_json, write_table
+from plumbing.files import copy, finish_output, open_output, provenance, sha256, write_json, write_table
 from plumbing.guards import check_unseen, fold_weights
 from plumbing.images import Frame, configure_pillow, frame_of, name_key, read_crops, read_square
 from plumbing.runs import Run, read_run
@@ -111,9 +111,7 @@ def learn_saliencies(data: Data, path: Path, args: argparse.Namespace, device: t
 def read_boxes(path: Path, table: pd.DataFrame, frame: str, n_boxes: int) -> list[list[Box]]:
     """Boxes of a table's images from a csv, the first n_boxes of each, made square; the whole frame for images that
     have none there."""
-    columns = (ID, *CORNERS)
-    given = read_csv(path, columns, text=(ID,)) if n_boxes > 1 else read_table(path, CORNERS)
-    given = given.dropna(subset=[ID, *CORNERS], thresh=2)
+    given = read_table(path, CORNERS, unique=n_boxes == 1).dropna(subset=CORNERS, how="all")
     corners = np.column_stack([numbers(given, column, path) for column in CORNERS])
     found: dict[str, list] = {}
     for name, each in zip(given[ID].map(name_key), corners, strict=True):

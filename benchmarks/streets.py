@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import util
 from plumbing.data import CORNERS, numbers, read_table
-from plumbing.files import read_csv, write_table
+from plumbing.files import write_table
 from util import ID, TARGET, InputError
 
 KINDS = 5
@@ -119,7 +119,7 @@ def draw(args: argparse.Namespace) -> None:
 
 def judge(args: argparse.Namespace) -> None:
     """Print how often the crops hold the objects."""
-    boxes = read_csv(args.crop_dir / "train_boxes.csv", (ID, *CORNERS, "oof"), text=(ID,))
+    boxes = read_table(args.crop_dir / "train_boxes.csv", (*CORNERS, "oof"), unique=False)
     boxes = boxes[boxes["oof"] == 1].reset_index(drop=True)
     objects = read_table(args.boxes, CORNERS).set_index(ID).loc[boxes[ID]].reset_index()
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = (

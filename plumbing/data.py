@@ -20,14 +20,16 @@ CORNERS = ["x0", "y0", "x1", "y1"]  # of a box, in pixels of the original
 
 
 # ---------------------------------------------------------------- tables of images
-def read_table(path: Path, columns=(), id_col: str = ID, text: tuple[str, ...] = (), words=()) -> pd.DataFrame:
-    """Read a csv with one image per row; `id_col` is called image_name from here on. Image names and the columns in
-    `text` stay text; in those in `words` None and NA are words too, unless all others are numbers. Raises InputError
-    naming the file and the column or row at fault."""
+def read_table(path: Path, columns=(), id_col=ID, text: tuple[str, ...] = (), words=(), unique=True) -> pd.DataFrame:
+    """Read a csv with one image per row, or if not `unique` several rows of an image; `id_col` is called image_name from
+    here on. Image names and the columns in `text` stay text; in those in `words` None and NA are words too, unless all
+    others are numbers. Raises InputError naming the file and the column or row at fault."""
     table = read_csv(path, [id_col, *columns], text=(id_col, *text), words=words)
     if id_col != ID:
         table = table.drop(columns=ID, errors="ignore")
-    bad = table[id_col].isna() | table[id_col].map(name_key).duplicated()
+    bad = table[id_col].isna()
+    if unique:
+        bad |= table[id_col].map(name_key).duplicated()
     if bad.any():
         line = int(np.flatnonzero(bad)[0])
         raise InputError(f"{path} line {line + 2}: {id_col} {table[id_col][line]!r} is empty or there twice; remove it")
@@ -144,7 +146,7 @@ def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> tuple[pd.Data
     """A table with the side of every image's best box, and the place of its boxes in their wide crops (N, K, 3), NaN
     where there is none. Raises InputError if the boxes are of other images or not inside them."""
     path = crop_dir / f"{split}_boxes.csv"
-    boxes = read_csv(path, (ID, *CORNERS, *PLACE), text=(ID,))
+    boxes = read_table(path, (*CORNERS, *PLACE), unique=False)
     number = numbers(boxes, "box", path, 0, 999).astype(int) if "box" in boxes else np.zeros(len(boxes), int)
     best = boxes[number == 0].reset_index(drop=True)
     short, long = (table[["width", "height"]].agg(end, axis=1) for end in ("min", "max"))
