@@ -21,8 +21,8 @@ CORNERS = ["x0", "y0", "x1", "y1"]  # of a box, in pixels of the original
 
 # ---------------------------------------------------------------- tables of images
 def read_table(path: Path, columns=(), id_col=ID, text: tuple[str, ...] = (), words=(), unique=True) -> pd.DataFrame:
-    """Read a csv with one image per row, or if not `unique` several rows of an image; `id_col` is called image_name from
-    here on. Image names and the columns in `text` stay text; in those in `words` None and NA are words too, unless all
+    """Read a csv with one image per row, or if not `unique` with several; `id_col` is called image_name from here on.
+    Image names and the columns in `text` stay text; in those in `words` None and NA are words too, unless all
     others are numbers. Raises InputError naming the file and the column or row at fault."""
     table = read_csv(path, [id_col, *columns], text=(id_col, *text), words=words)
     if id_col != ID:
