@@ -32,7 +32,7 @@ from tasks import Task
 from util import InputError
 
 NOTHING = -1e4  # score of a cell that is none; finite, so that a picture of none has a softmax
-FINENESS = 4  # parts of a cell in which places are counted where attention depends on them: few steps make it steep
+FINENESS = 16  # parts of a cell in which places are counted where attention depends on them: few steps make it steep
 CHIP = 32  # pixels; the total stride of the usual backbones, so that a chip becomes one embedding
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

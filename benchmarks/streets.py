@@ -128,7 +128,9 @@ def judge(args: argparse.Namespace) -> None:
     overlap = np.clip(np.minimum(ax1, bx1) - np.maximum(ax0, bx0), 0, None)
     overlap *= np.clip(np.minimum(ay1, by1) - np.maximum(ay0, by0), 0, None)
     held = pd.Series(overlap / ((bx1 - bx0) * (by1 - by0)) >= INSIDE).groupby(boxes[ID])
-    sides = f"median side of a crop {np.median(ax1 - ax0):.0f} px, of a sign {np.median(bx1 - bx0):.0f} px"
+    best = ~boxes[ID].duplicated()
+    crop, sign = (np.median(side[best]) for side in (ax1 - ax0, bx1 - bx0))
+    sides = f"median side of a crop {crop:.0f} px, of a sign {sign:.0f} px"
     print(f"{args.crop_dir}: {held.first().mean():.3f} of {len(held)} images have their sign in the best crop, "
           f"{held.any().mean():.3f} in one of up to {held.size().max()}; {sides}")  # fmt: skip
 
