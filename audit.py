@@ -17,7 +17,6 @@ import torch
 
 import dataset
 import models
-import train
 import util
 from plumbing.cells import make_cells
 from plumbing.data import Data, read_data
@@ -56,9 +55,8 @@ def check_networks(run: Run, data: Data, device: torch.device) -> tuple[bool, st
     """A sample of every fold's held-out rows is predicted as in oof.csv; what is fitted saw training rows."""
     if run.is_blend:
         return True, f"{len(run.members())} members as blended"
-    known, oof, worst, fitted = run.config["args"], run.table("oof.csv"), 0.0, True
-    args = train.get_args_parser().parse_args(["--model", known["model"]])  # flags that an older run did not know
-    vars(args).update(known)
+    known = {"tile": 0, "finetune": None} | run.config["args"]  # runs of older versions know no tiles
+    args, oof, worst, fitted = argparse.Namespace(**known), run.table("oof.csv"), 0.0, True
     args.crop_dir, args.guide = args.crop_dir and Path(args.crop_dir), None
     for k in run.folds:
         model, content = models.load_checkpoint(run.checkpoint(k), device)

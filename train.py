@@ -98,7 +98,6 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
         epoch, started = progress.epochs + 1, time.monotonic()
         where, seed = f"fold {k} epoch {epoch}", epoch_seed(args.seed, k, epoch)
         routing.scale_lr(lr_factor(args.schedule, epoch, args.epochs))
-
         # ---- train one epoch
         train.choose(model, models.autocast(device, args.amp))
         model.train()

@@ -44,8 +44,8 @@ def test_turn_and_tint_is_torchvisions(mirror):
     image = cv2.resize(coarse, (64, 64), interpolation=cv2.INTER_CUBIC)
     factors = {"brightness": 1.1, "contrast": 0.85, "saturation": 1.2}
     drawn = [np.array([0.6]), np.array([[3.0, -2.0]]), list(factors.values())]  # angle, shift, tint
-    transform = TurnAndTint(shift=5)
-    transform.random_generator = SimpleNamespace(uniform=Mock(side_effect=drawn), choice=lambda options, n: np.array([mirror]))
+    transform, uniform = TurnAndTint(shift=5), Mock(side_effect=drawn)
+    transform.random_generator = SimpleNamespace(uniform=uniform, choice=lambda options, n: np.array([mirror]))
     params = transform.get_params_dependent_on_data({"shape": image.shape}, {"image": image})
     expected = torch.from_numpy(image).permute(2, 0, 1) / 255
     for name, factor in factors.items():
@@ -81,7 +81,8 @@ def test_what_may_not_be_turned_stays_upright_and_quarter_turns_are_exact():
     assert found == {np.rot90(one, k).tobytes() for one in (image, image.transpose(1, 0, 2)) for k in range(4)}
     slight = TurnAndTint(turn="slightly")
     A.Compose([slight]).set_random_seed(0)
-    turns = [slight.get_params_dependent_on_data({"shape": image.shape}, {"image": image})["place"][0] for _ in range(200)]
+    drawn = [slight.get_params_dependent_on_data({"shape": image.shape}, {"image": image}) for _ in range(200)]
+    turns = [one["place"][0] for one in drawn]
     angles = np.degrees([np.arctan2(turn[0, 1], turn[0, 0]) for turn in turns])
     assert 9 < np.abs(angles).max() <= 10
     assert np.allclose([np.linalg.det(turn[:, :2]) for turn in turns], 1)  # never mirrored

@@ -11,7 +11,7 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-BUDGET, README_BYTES = 6200, 12_000  # lines of all modules, length of the README
+BUDGET, README_BYTES = 6600, 12_000  # lines of all modules, length of the README
 SCRIPTS = {"preprocess", "train", "crop", "ensemble", "predict", "audit"}
 # what a module may import of ours; a script all but scripts
 ALLOWED = {"util": (), "fsg": (), "losses": (), "scores": (), "tasks": ("util", "scores", "losses"),
