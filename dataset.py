@@ -98,26 +98,23 @@ class TurnAndTint(A.DualTransform):
         self.shift, self.tint, self.turn = shift, tint, turn
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
-        """Draw both matrices as OpenCV takes them: place (N, 2, 3) from old to new pixels, for each tile of an image or
-        once, and color (3, 4)."""
-        rng, centre = self.random_generator, (params["shape"][0] - 1) / 2
+        """Draw both matrices as OpenCV takes them: place (2, 3) from old to new pixels, color (3, 4)."""
         image = data["image"] if "image" in data else data["images"].reshape(-1, *data["images"].shape[2:])
-        n = len(data.get("images", [image]))
+        rng, centre = self.random_generator, (params["shape"][0] - 1) / 2
         if self.turn == "slightly":
-            angle, mirror = rng.uniform(-SLIGHT_TURN, SLIGHT_TURN, n), np.ones(n)
+            angle, mirror = rng.uniform(-SLIGHT_TURN, SLIGHT_TURN), 1
         else:
-            angle, mirror = rng.uniform(-np.pi, np.pi, n), rng.choice([-1, 1], n)
+            angle, mirror = rng.uniform(-np.pi, np.pi), rng.choice([-1, 1])
         if self.turn == "quarter":
             angle = np.pi / 2 * np.round(angle / (np.pi / 2))
         cos, sin = np.cos(angle), np.sin(angle)
         turn = np.array([[mirror * cos, sin], [-mirror * sin, cos]])  # a vertical flip is a mirror image turned
-        turn = turn.transpose(2, 0, 1)
-        moved = centre + rng.uniform(-self.shift, self.shift, (n, 2)) - centre * turn.sum(axis=2)
+        moved = centre + rng.uniform(-self.shift, self.shift, 2) - centre * turn.sum(axis=1)
         bright, contrast, saturation = rng.uniform(1 - self.tint, 1 + self.tint, 3)
         mix = saturation * np.eye(3) + (1 - saturation) * LUMA
         grey = (1 - contrast) * bright * (LUMA @ cv2.mean(image)[:3])
         color = np.column_stack([bright * contrast * mix, np.full(3, grey)])
-        return {"place": np.concatenate([turn, moved[:, :, None]], axis=2), "color": color.astype(np.float32)}
+        return {"place": np.column_stack([turn, moved]), "color": color.astype(np.float32)}
 
     def _move(self, raster: np.ndarray, place: np.ndarray) -> np.ndarray:
         size = raster.shape[1], raster.shape[0]
@@ -128,15 +125,14 @@ class TurnAndTint(A.DualTransform):
         return self.apply_to_images(img[None], place, color)[0]
 
     def apply_to_images(self, images: np.ndarray, place: np.ndarray, color: np.ndarray, **_) -> np.ndarray:
-        """Move each of the uint8 (N, H, W, 3) tiles of an image in its own way, tint them alike."""
+        """Move and tint uint8 (N, H, W, 3) tiles of an image, all alike."""
         tall = cv2.cvtColor(images.reshape(-1, *images.shape[2:]), cv2.COLOR_RGB2RGBA)  # OpenCV moves four channels
-        tiles = zip(np.split(tall, len(images)), place, strict=True)  # faster than three
-        moved = [self._move(*pair) for pair in tiles]
+        moved = [self._move(wide, place) for wide in np.split(tall, len(images))]  # faster than three
         return cv2.transform(cv2.cvtColor(np.concatenate(moved), cv2.COLOR_RGBA2RGB), color).reshape(images.shape)
 
     def apply_to_mask(self, mask: np.ndarray, place: np.ndarray, **_) -> np.ndarray:
         """Move a guide (H, W) with its image."""
-        return self._move(mask, place[0])
+        return self._move(mask, place)
 
 
 class Augmentation(NamedTuple):
@@ -281,7 +277,7 @@ class ImageDataset(Dataset):
             self.sources[0].choose(network, self.rows, amp)
 
     def _vary(self, bag: Bag) -> Bag:
-        """The tiles of a picture transformed."""
+        """All tiles of a picture transformed alike."""
         known = int((~bag.place[:, 0].isnan()).sum())
         tiles = self.transform(images=bag.values[:known].numpy().transpose(0, 2, 3, 1))["images"]
         bag.values[:known] = torch.from_numpy(np.asarray(tiles)).permute(0, 3, 1, 2)
@@ -309,7 +305,7 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
     if "test" in tables:
         rows["test"] = np.arange(len(tables["test"]))[: args.limit]
 
-    images, augment = {}, train_transform(args.tile or data.size, recipe.network.shift + args.tile // 10, args.augment)
+    images, augment = {}, train_transform(args.tile or data.size, recipe.network.shift, args.augment)
     for part, chosen in rows.items():
         split, n_rows = ("test" if part == "test" else "train"), len(tables["test" if part == "test" else "train"])
         pictures = {"whole": Stored(data.array_path(split), n_rows), "cells": data.cells.get(split)}
