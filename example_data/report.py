@@ -70,7 +70,7 @@ def draw_overview(path: Path, demo_dir: Path, runs: list[Run], labels: pd.Series
         name, width, height = data.test[[ID, "width", "height"]].iloc[row]
         image = np.asarray(read_image(HERE / "images" / f"{name}.jpg", 300)[0])
         box = Box(*boxes.loc[name, CORNERS].astype(float))
-        draw_row(axes[:3], image, (width, height), box, upsample(maps[row]), crops[row], data.facts["frame"])
+        draw_row(axes[:3], image, (width, height), [box], upsample(maps[row]), crops[row], data.facts["frame"])
         axes[0].set_title(f"{name}: {'malignant' if target[row] else 'benign'}", fontsize=9)
         axes[1].set_title("attention", fontsize=9)
         axes[2].set_title(f"crop, {min(width, height) / box.side:.1f}x finer", fontsize=9)
