@@ -1,5 +1,6 @@
 """The example data, its weights and the notebook."""
 
+import importlib
 import json
 import sys
 
@@ -13,6 +14,8 @@ import localize
 from models import load_checkpoint
 from plumbing.data import read_data
 from plumbing.images import frame_of, read_square
+from plumbing.runs import read_run
+from util import ID
 
 EXAMPLE = ROOT / "example_data"
 RUN = EXAMPLE / "runs" / "chipnet"
@@ -71,3 +74,13 @@ def test_notebook_runs_top_to_bottom(monkeypatch):
     for number in plt.get_fignums():
         plt.figure(number).canvas.draw()
     plt.close("all")
+
+
+def test_the_demo_draws_its_picture(source, data_dir, runs_dir, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "example_data"))
+    report = importlib.import_module("report")
+    monkeypatch.setattr(report, "HERE", source)
+    (tmp_path / "data").symlink_to(data_dir)
+    labels = pd.Series([0, 1, 0, 1], read_data(data_dir).test[ID])
+    report.draw_overview(tmp_path / "a.png", tmp_path, [read_run(runs_dir / "cropnet")], labels)
+    assert (tmp_path / "a.png").stat().st_size > 10_000
