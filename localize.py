@@ -407,21 +407,24 @@ def peak_rule(attention: np.ndarray, part: Callable = WHOLE, side: float | None 
 RULES = {"component": component_rule, "original": original_rule, "peak": peak_rule}
 
 
+def on_map(box: Box, frame: tuple, cells: int) -> np.ndarray:
+    """Corners of a box in cells of a map (cells, cells) that covers a frame (x0, y0, x1, y1): (4,)."""
+    left, top, right, _ = frame
+    return (np.array(box.corners) - [left, top, left, top]) * cells / (right - left)
+
+
 def excess_mass(attention: np.ndarray, box: Box, frame: tuple) -> float:
     """Share of a map inside a box, less the share of the map's frame (x0, y0, x1, y1) it covers: 0 if the map is
     uniform, near 1 if all of it lies in a small box."""
-    left, top, right, _ = frame
     raster = upsample(attention)
-    edges = (np.array(box.corners) - [left, top, left, top]) * GRID / (right - left)
-    x0, y0, x1, y1 = np.clip(np.rint(edges), 0, GRID).astype(int)
+    x0, y0, x1, y1 = np.clip(np.rint(on_map(box, frame, GRID)), 0, GRID).astype(int)
     inside = raster[y0:y1, x0:x1]
     return max(float(inside.sum() / raster.sum() - inside.size / raster.size), 0.0)
 
 
 def cut_out(attention: np.ndarray, box: Box, frame: tuple) -> np.ndarray:
     """A map without what lies inside a box; of a cell that lies there in part, that part is taken away."""
-    left, top, right, _ = frame
-    x0, y0, x1, y1 = (np.array(box.corners) - [left, top, left, top]) * len(attention) / (right - left)
+    x0, y0, x1, y1 = on_map(box, frame, len(attention))
     start = np.arange(len(attention))
     down, across = (np.clip(np.minimum(start + 1, end) - np.maximum(start, begin), 0, 1)
                     for begin, end in ((y0, y1), (x0, x1)))  # fmt: skip

@@ -305,17 +305,16 @@ class Scout(Network):
                 torch.manual_seed(0)
             super().__init__(replace(spec, image_size=spec.tile or spec.image_size), weights)
         self.backbone.requires_grad_(spec.finetune == "all").eval()
-        self.stages, self.channels = {}, self.features
-        if not spec.tile or spec.finetune == "last":
-            strides = (16, 32) if spec.tile else spec.strides
-            found = find_stages(self, torch.zeros(1, 3, 8 * CHIP, 8 * CHIP), strides)
-            self.stages = {stride: found[stride] for stride in sorted(strides)}
+        self.stages, self.channels, probe = {}, self.features, torch.zeros(1, 3, 8 * CHIP, 8 * CHIP)
         if spec.finetune == "last":
+            before = find_stages(self, probe, (16, 32))[16]
             names = [name for name, _ in self.backbone.named_parameters()]
-            last = max(i for i, name in enumerate(names) if name.startswith(f"{self.stages[16]}."))
+            last = max(i for i, name in enumerate(names) if name.startswith(f"{before}."))
             for parameter in list(self.backbone.parameters())[last + 1 :]:
                 parameter.requires_grad_()
         if not spec.tile:
+            found = find_stages(self, probe, spec.strides)
+            self.stages = {stride: found[stride] for stride in sorted(spec.strides)}
             with torch.no_grad():
                 self.channels = self.read_maps(torch.zeros(1, 3, self.cell, self.cell)).shape[-1]
         self.kept, self.shape = (np.uint8, (3, spec.tile, spec.tile)) if spec.finetune else (np.float16, self.channels)
@@ -349,7 +348,7 @@ class Scout(Network):
     # ---- from pictures to cells
     def fingerprint(self) -> str:
         """Hash of all that cells depend on but the picture."""
-        digest = hashlib.sha256(repr((self.scout_size, self.tile, self.stages if not self.tile else {})).encode())
+        digest = hashlib.sha256(repr((self.scout_size, self.tile, self.stages)).encode())
         for name, value in {} if self.finetune else self.backbone.state_dict().items():
             digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()

@@ -142,14 +142,13 @@ class Single:
             table = table.assign(**{BOX_SIDE: [boxes[0].side for boxes in look.boxes] / np.min(images.sizes, axis=1)})
             parts = [*([seen] if len(self.inputs) > 1 else []), *look.crops.swapaxes(0, 1)]
             seen = np.concatenate(parts, axis=3)
-        probs, weights = {}, []
+        probs, weights, pictures = {}, [], split(seen, BATCH)
         for k, network in self.networks.items():
             meta = torch.from_numpy(self.encoders[k].encode(table)).split(BATCH)
-            loader = zip(split(seen, BATCH), meta, strict=True)
+            loader = list(zip(pictures, meta, strict=True))
             probs[k] = models.predict(network, self.tasks[k], loader, self.device, self.tta, self.amp)
             if self.finder and self.finder.n_boxes > 1:
-                pixels = ((part, None) for part in split(seen, BATCH))
-                weights.append(models.box_weights(network, pixels, self.device, self.amp))
+                weights.append(models.box_weights(network, loader, self.device, self.amp))
         if weights:
             look.weights = np.mean(weights, axis=0)
         found[self.name] = np.mean(list(probs.values()), axis=0)

@@ -133,7 +133,7 @@ class Cells:
     def read(self, row: int) -> np.ndarray:
         """Cells of a row, all or the best: (B,) with fields place and values."""
         cells = np.load(self.path(row), mmap_mode="r" if len(self.best) else None, allow_pickle=False)
-        return cells[np.sort(self.best[row])] if len(self.best) and len(cells) > self.best.shape[1] else np.array(cells)
+        return cells[np.sort(self.best[row])] if len(self.best) and len(cells) > self.best.shape[1] else cells
 
     def __getitem__(self, rows: np.ndarray) -> Bag:
         """Cells of some rows."""
@@ -154,13 +154,14 @@ class Cells:
         scout.eval()
         for row in tqdm(rows, desc="best cells", unit="picture", leave=False):
             cells, parts = np.load(self.path(row), mmap_mode="r", allow_pickle=False), []
+            if len(cells) <= scout.top_m:
+                continue
             for start in range(0, len(cells), scout.piece):  # plain reads: touched pages of a map count as memory
                 where = {"count": min(scout.piece, len(cells) - start), "offset": cells.offset + start * cells.itemsize}
                 bag = Bag.stack([np.fromfile(self.path(row), cells.dtype, **where)]).to(scout.mean.device)
                 with amp:
                     parts.append(scout.score(scout.embed(bag), bag.place))
-            if len(cells) > scout.top_m:
-                self.best[row] = scout.find_best(torch.cat(parts, dim=2))[0].cpu()
+            self.best[row] = scout.find_best(torch.cat(parts, dim=2))[0].cpu()
 
 
 def make_cells(scout, data: Data, workers: int, image_dirs: list[Path] | None = None) -> dict[str, Cells]:
@@ -190,7 +191,6 @@ def make_cells(scout, data: Data, workers: int, image_dirs: list[Path] | None = 
 
 def fill(scout, cells: Cells, paths: list[Path], sizes: list[tuple[int, int]], workers: int) -> int:
     """Write the cells of a split that are not there yet; returns how many the largest picture has."""
-
     remove(cells.folder, "*.tmp")
 
     def work(row: int) -> int:
