@@ -224,7 +224,7 @@ class Guide:
 class Batch(NamedTuple):
     """One item, or with a first dimension N a batch of them."""
 
-    image: torch.Tensor | Bag  # uint8 (3 * pictures, S, S), or a scout's cells
+    image: torch.Tensor | np.ndarray | Bag  # uint8 (3 * pictures, S, S), or a scout's cells as kept, in a batch a Bag
     meta: torch.Tensor  # float32 (M,)
     goal: torch.Tensor  # float32 (K,): what the loss compares with the logit; NaN if unknown
     weight: torch.Tensor  # float32; 0 for a row that only fills up a share
@@ -255,7 +255,7 @@ class ImageDataset(Dataset):
             self.transform.set_random_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         row, rng = self.rows[i], self.transform.random_generator
         pictures, guide = [source(row, rng) for source in self.sources], np.empty(0, np.float32)
-        if isinstance(pictures[0], Bag):
+        if isinstance(self.sources[0], Cells):
             image = self._vary(pictures[0]) if place is not None and self.transform.transforms else pictures[0]
         else:
             mask = {} if self.guide is None else {"mask": self.guide.enlarge(row, len(pictures[0]))}
@@ -276,12 +276,12 @@ class ImageDataset(Dataset):
         if isinstance(self.sources[0], Cells):
             self.sources[0].choose(network, self.rows, amp)
 
-    def _vary(self, bag: Bag) -> Bag:
+    def _vary(self, cells: np.ndarray) -> np.ndarray:
         """All tiles of a picture transformed alike."""
-        known = int((~bag.place[:, 0].isnan()).sum())
-        tiles = self.transform(images=bag.values[:known].numpy().transpose(0, 2, 3, 1))["images"]
-        bag.values[:known] = torch.from_numpy(np.asarray(tiles)).permute(0, 3, 1, 2)
-        return bag
+        cells = np.array(cells)
+        tiles = self.transform(images=cells["values"].transpose(0, 2, 3, 1))["images"]
+        cells["values"] = np.asarray(tiles).transpose(0, 3, 1, 2)
+        return cells
 
 
 def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDataset], MetaEncoder, Task]:
@@ -394,6 +394,13 @@ class TrainLoader:
             yield n_items, [next(loaded) for _ in shares]
 
 
+def collate(items: list[Batch]) -> Batch:
+    """A batch of items."""
+    images, *others = zip(*items, strict=True)
+    image = Bag.of(images) if isinstance(images[0], np.ndarray) else torch.stack(images)
+    return Batch(image, *map(torch.stack, others))
+
+
 def start_worker(worker_id: int) -> None:
     """Keep OpenCV in a loader process from starting threads, and leave Ctrl-C to the process that trains."""
     cv2.setNumThreads(0)
@@ -406,7 +413,7 @@ def loader_options(workers: int) -> dict:
     """What all loaders have in common; their processes start once."""
     pin = workers > 0 and torch.cuda.is_available()
     more = {"worker_init_fn": start_worker, "persistent_workers": workers > 0, "pin_memory": pin}
-    return {"num_workers": workers, **more}
+    return {"num_workers": workers, "collate_fn": collate, **more}
 
 
 def eval_loader(images: Dataset, rows, batch_size: int, workers: int) -> DataLoader:

@@ -55,7 +55,7 @@ class Spec:
     tile: int = 0  # side in pixels of the tiles that it reads instead, if not 0
     finetune: str | None = None  # "all" of its backbone, or the "last" stage
     top_m: int = 0  # tiles that it pools, if not 0
-    heads: int = 1  # of its attention; 0: one for each output
+    heads: int = 1  # of its attention
     place: bool = False  # whether its attention depends on where a cell lies
 
 
@@ -318,18 +318,16 @@ class Scout(Network):
             with torch.no_grad():
                 self.channels = self.read_maps(torch.zeros(1, 3, self.cell, self.cell)).shape[-1]
         self.kept, self.shape = (np.uint8, (3, spec.tile, spec.tile)) if spec.finetune else (np.float16, self.channels)
-        heads = spec.heads or spec.outputs
         self.trunk = nn.Sequential(
             # channels of feature maps differ a hundredfold: unless they are standardised, nothing is learned
             nn.Identity() if spec.tile else nn.BatchNorm1d(self.channels, affine=False),
             nn.Linear(self.channels, spec.hidden), nn.LayerNorm(spec.hidden), nn.GELU(), nn.Dropout(spec.dropout),
         )  # fmt: skip
-        self.scorer = GatedAttention(spec.hidden, spec.hidden, heads)
-        self.slope = nn.Linear(2, heads, bias=False) if spec.place else None
+        self.scorer = GatedAttention(spec.hidden, spec.hidden, spec.heads)
+        self.slope = nn.Linear(2, spec.heads, bias=False) if spec.place else None
         if spec.place:
             nn.init.zeros_(self.slope.weight)  # at first all places are alike
-        self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.hidden * (spec.heads or 1), spec.outputs))
-        self.own_heads = spec.heads == 0  # every output has one
+        self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.hidden * spec.heads, spec.outputs))
 
     def train(self, mode: bool = True) -> "Scout":
         """Train the head; a backbone that is not trained as a whole keeps the statistics of its batch norms."""
@@ -391,8 +389,7 @@ class Scout(Network):
     # ---- from cells to answers
     def embed(self, bag: Bag) -> torch.Tensor:
         """Embeddings of cells (N, B, D), 0 where there is none."""
-        known = ~bag.place[..., 0].isnan()
-        values = bag.values[known]
+        known, values = bag.known, bag.values
         if self.finetune:
             pieces = [values] if torch.is_grad_enabled() else values.split(self.piece)
             values = torch.cat([self.backbone(self.normalise(piece)) for piece in pieces])
@@ -428,10 +425,7 @@ class Scout(Network):
 
     def answer(self, pooled: torch.Tensor) -> torch.Tensor:
         """What every head has pooled (N, H, D) -> logit (N, K)."""
-        if not self.own_heads:
-            return self.head(pooled.flatten(1))
-        dropout, linear = self.head
-        return (dropout(pooled) * linear.weight).sum(dim=2) + linear.bias
+        return self.head(pooled.flatten(1))
 
     def forward(self, bag: Bag, meta: torch.Tensor) -> torch.Tensor:
         """Cells of N pictures -> logit (N, K)."""
@@ -483,7 +477,7 @@ MODELS = {
     "cropnet": Recipe(MetaResNet, inputs=("crop",)),
     "fusion": Recipe(MetaResNet, inputs=("whole", "crop")),
     "scout": Recipe(
-        Scout, head_lr=1e-3, hidden=128, dropout=0.2, batch_size=16, patience=8, inputs=("cells",)
+        Scout, head_lr=1e-3, hidden=128, dropout=0.2, batch_size=4, patience=8, inputs=("cells",)
     ),  # for its first epochs it finds nothing
     "fsg_vit": Recipe(MetaResNet, backbone="vit_b_16", gated=True),
 }

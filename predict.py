@@ -83,7 +83,7 @@ class Images:
             return self.squares
         key = fingerprint_of(scout)
         if key not in self.cells:
-            self.cells[key] = Bag.stack([read_cells(scout, *pair) for pair in zip(self.paths, self.sizes, strict=True)])
+            self.cells[key] = Bag.of([read_cells(scout, *pair) for pair in zip(self.paths, self.sizes, strict=True)])
         return self.cells[key]
 
 

@@ -353,7 +353,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     fit("--fold", nargs="+", default=["all"], help="held-out folds from 0, or all")
     fit("--epochs", type=count, default=20, help="at most")
     fit("--patience", type=count, help="epochs without a better main score [3; scout 8]")
-    fit("--batch_size", type=count, help="images per step [64; scout 16]")
+    fit("--batch_size", type=count, help="images per step [64; scout 4]")
     losses = dict.fromkeys(loss for kind in KINDS.values() for loss in kind.losses())
     fit("--loss", choices=tuple(losses), help="focal has gamma 2 [focal; of a quantity smooth_l1]")
     fit("--sampler", choices=("balanced", "shuffle"), default="balanced", help="balanced: all classes equally often")
@@ -364,7 +364,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     fit("--guide", type=Path, help="crops of crop.py --source saliency whose maps the attention should resemble")
     fit("--guide_weight", type=positive, default=1.0, help="of that likeness")
     extra = parser.add_argument_group("extras").add_argument
-    extra("--heads", type=util.number(int, 0), default=1, help="of a scout: of its attention; 0: one for each class")
+    extra("--heads", type=count, default=1, help="of a scout: of its attention")
     extra("--place", action="store_true", help="of a scout: its attention may depend on where a cell lies")
     extra("--finetune", choices=("last", "all"), help="of a scout with --tile: stages of its backbone to train")
     extra("--top_m", type=util.number(int, 0), default=0, help="of a scout: tiles of a picture to train on [all]")

@@ -137,7 +137,7 @@ def select_patches(picture: torch.Tensor, network: nn.Module, score: nn.Module, 
 def scout_step(picture: np.ndarray, scout: models.Scout) -> int:
     """A training step of a scout on a picture uint8 (S, S, 3); returns the pixels forwarded."""
     tiles, middles = scout.take_apart(picture)
-    bag = Bag(torch.from_numpy(tiles)[None], torch.from_numpy(middles / len(picture)).float()[None])
+    bag = Bag(torch.from_numpy(tiles), torch.from_numpy(middles / len(picture)).float()[None])
     scout(bag, torch.zeros(1, 0)).sum().backward()
     return tiles[:, 0].size
 

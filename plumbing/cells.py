@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing.data import Data
-from plumbing.files import atomic, finish_output, open_output, provenance, read_json, remove
+from plumbing.files import atomic, finish_output, open_output, provenance, remove
 from plumbing.images import inside, read_square
 from util import ID, InputError
 
@@ -29,34 +29,34 @@ NEAR = 2  # pixels by which things grow when it is asked whether they touch
 
 
 class Bag(NamedTuple):
-    """Cells of a picture, or with a first dimension N of several."""
+    """Cells of N pictures, of which the largest has B."""
 
-    values: torch.Tensor  # (B, C) features, or uint8 (B, 3, T, T) pixels
-    place: torch.Tensor  # float32 (B, 2): row and column of the middle, in sides of the square; NaN: there is no cell
+    values: torch.Tensor  # of all cells, picture after picture: (cells, C) features, or uint8 (cells, 3, T, T) pixels
+    place: torch.Tensor  # float32 (N, B, 2): row and column of the middle, in sides of the square; NaN: no cell
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Bag":
         """The same on a device."""
         return Bag(*(part.to(device, non_blocking=non_blocking) for part in self))
 
     @classmethod
-    def of(cls, cells: np.ndarray, size: int) -> "Bag":
-        """Cells of one picture as kept, filled up to `size`."""
-        values = np.zeros((size, *cells["values"].shape[1:]), cells["values"].dtype)
-        place = np.full((size, 2), np.nan, np.float32)
-        values[: len(cells)], place[: len(cells)] = cells["values"], cells["place"]
-        return cls(torch.from_numpy(values), torch.from_numpy(place))
+    def of(cls, pictures: list[np.ndarray]) -> "Bag":
+        """Cells of some pictures as kept."""
+        place = np.full((len(pictures), max(map(len, pictures)), 2), np.nan, np.float32)
+        for row, cells in zip(place, pictures, strict=True):
+            row[: len(cells)] = cells["place"]
+        return cls(torch.from_numpy(np.concatenate([cells["values"] for cells in pictures])), torch.from_numpy(place))
 
-    @classmethod
-    def stack(cls, pictures: list[np.ndarray]) -> "Bag":
-        """Cells of several pictures as kept."""
-        most = max(map(len, pictures))
-        return cls(*(torch.stack(parts) for parts in zip(*(cls.of(cells, most) for cells in pictures), strict=True)))
+    @property
+    def known(self) -> torch.Tensor:
+        """Where there is a cell: bool (N, B)."""
+        return ~self.place[..., 0].isnan()
 
 
 def split(seen: "np.ndarray | Bag", size: int) -> list:
     """Parts of at most `size` pictures, as networks take them: of images uint8 (N, S, S, 3) or of a Bag."""
     if isinstance(seen, Bag):
-        return [Bag(*parts) for parts in zip(*(part.split(size) for part in seen), strict=True)]
+        counts = [int(known.sum()) for known in seen.known.split(size)]
+        return list(map(Bag, seen.values.split(counts), seen.place.split(size)))
     return list(torch.from_numpy(np.array(seen)).permute(0, 3, 1, 2).split(size))
 
 
@@ -120,10 +120,10 @@ def place_tiles(picture: np.ndarray, tile: int) -> np.ndarray:
 
 # ---------------------------------------------------------------- all pictures
 class Cells:
-    """Cells of the pictures of a table on disk, read when they are asked for. most: of one picture."""
+    """Cells of the pictures of a table on disk, read when they are asked for."""
 
     def __init__(self, folder: Path, n_rows: int):
-        self.folder, self.n_rows, self.most = folder, n_rows, 0
+        self.folder, self.n_rows = folder, n_rows
         self.best = torch.empty(0)  # numbers of the cells of every row that are read, if not all: (n_rows, M)
 
     def path(self, row: int) -> Path:
@@ -137,17 +137,17 @@ class Cells:
 
     def __getitem__(self, rows: np.ndarray) -> Bag:
         """Cells of some rows."""
-        return Bag.stack([self.read(row) for row in rows])
+        return Bag.of([self.read(row) for row in rows])
 
-    def __call__(self, row: int, rng: np.random.Generator) -> Bag:
+    def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
         """Cells of a row, as a source of dataset.ImageDataset."""
-        return Bag.of(self.read(row), self.best.shape[1] if len(self.best) else self.most)
+        return self.read(row)
 
     @torch.no_grad()
     def choose(self, scout, rows: np.ndarray, amp: torch.autocast) -> None:
         """Read only the best scout.top_m cells of some rows from now on, in loader processes too. They are scored a few
         at a time, so that memory does not grow with the picture."""
-        if not scout.top_m or self.most <= scout.top_m:
+        if not scout.top_m:
             return
         if not len(self.best):
             self.best = torch.zeros(self.n_rows, scout.top_m, dtype=torch.long).share_memory_()
@@ -158,7 +158,7 @@ class Cells:
                 continue
             for start in range(0, len(cells), scout.piece):  # plain reads: touched pages of a map count as memory
                 where = {"count": min(scout.piece, len(cells) - start), "offset": cells.offset + start * cells.itemsize}
-                bag = Bag.stack([np.fromfile(self.path(row), cells.dtype, **where)]).to(scout.mean.device)
+                bag = Bag.of([np.fromfile(self.path(row), cells.dtype, **where)]).to(scout.mean.device)
                 with amp:
                     parts.append(scout.score(scout.embed(bag), bag.place))
             self.best[row] = scout.find_best(torch.cat(parts, dim=2))[0].cpu()
@@ -179,31 +179,27 @@ def make_cells(scout, data: Data, workers: int, image_dirs: list[Path] | None = 
         most = sum(scout.bytes_of(size) for each in sizes.values() for size in each) / 1e9
         print(f"cells of {sum(map(len, sizes.values()))} pictures take up to {most:.2f} GB in {folder}")
         open_output(folder, MARKER, False, facts)
-        counts = {}
         for split, cells in found.items():
             cells.folder.mkdir(exist_ok=True)
-            counts[split] = fill(scout, cells, data.find_originals(split, image_dirs), sizes[split], workers)
-        finish_output(folder, MARKER, facts | {"most": counts} | provenance())
-    for split, cells in found.items():
-        cells.most = read_json(folder / MARKER)["most"][split]
+            fill(scout, cells, data.find_originals(split, image_dirs), sizes[split], workers)
+        finish_output(folder, MARKER, facts | provenance())
     return found
 
 
-def fill(scout, cells: Cells, paths: list[Path], sizes: list[tuple[int, int]], workers: int) -> int:
-    """Write the cells of a split that are not there yet; returns how many the largest picture has."""
+def fill(scout, cells: Cells, paths: list[Path], sizes: list[tuple[int, int]], workers: int) -> None:
+    """Write the cells of a split that are not there yet."""
     remove(cells.folder, "*.tmp")
 
-    def work(row: int) -> int:
+    def work(row: int) -> None:
         path = cells.path(row)
         if not path.exists():
             with atomic(path) as new, open(new, "wb") as file:
                 np.save(file, read_cells(scout, paths[row], sizes[row]))
-        return len(np.load(path, mmap_mode="r", allow_pickle=False))
 
     with ThreadPoolExecutor(workers) as pool:
         try:
-            done = pool.map(work, range(len(paths)))
-            return max(tqdm(done, desc=cells.folder.name, total=len(paths), unit="picture"))
+            for _ in tqdm(pool.map(work, range(len(paths))), desc=cells.folder.name, total=len(paths), unit="picture"):
+                pass
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
