@@ -243,6 +243,8 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
     if "crop" in recipe.inputs and args.crop_dir is None:
         args.crop_dir = args.data_dir / "crops" / "chipnet"
     args.name, args.fsg = args.name or args.model, args.fsg or recipe.gated
+    if args.workers is None:  # features are sent between processes more slowly than they are read
+        args.workers = 0 if recipe.scouts and not args.finetune else min(util.CPUS, 8)
     if recipe.scouts:
         given = [key for key in ("mixup", "fsg", "guide", "crop_dir", "layer_decay") if getattr(args, key)]
         given += ["tta"] if (args.tta or 1) > 1 else []
@@ -387,7 +389,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     run("--tta", type=int, choices=(1, 2, 4, 8), help="symmetries to average [8; with --augment upright 1]")
     run("--device", **util.COMMON_FLAGS["device"])
     run("--amp", **util.COMMON_FLAGS["amp"])
-    run("--workers", type=util.number(int, 0), default=min(util.CPUS, 8), help="loader processes")
+    run("--workers", type=util.number(int, 0), help="loader processes [a CPU each, up to 8; 0 for a scout's features]")
     modes = ("default", "reduce-overhead", "max-autotune")
     run("--compile", nargs="?", const="default", choices=modes, help="torch.compile [default]; others use CUDA graphs")
     run("--deterministic", action="store_true", help="the same numbers in every run on a GPU too; may be slower")
