@@ -22,7 +22,7 @@ import albumentations as A
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from plumbing.arrays import Rows, array_path, open_array
 from plumbing.cells import Bag, Cells
@@ -395,10 +395,11 @@ class TrainLoader:
 
 
 def collate(items: list[Batch]) -> Batch:
-    """A batch of items."""
+    """A batch of items; cells of pictures become a Bag."""
+    if isinstance(items[0].image, torch.Tensor):
+        return default_collate(items)
     images, *others = zip(*items, strict=True)
-    image = Bag.of(images) if isinstance(images[0], np.ndarray) else torch.stack(images)
-    return Batch(image, *map(torch.stack, others))
+    return Batch(Bag.of(images), *map(torch.stack, others))
 
 
 def start_worker(worker_id: int) -> None:

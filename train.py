@@ -243,7 +243,7 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
     if "crop" in recipe.inputs and args.crop_dir is None:
         args.crop_dir = args.data_dir / "crops" / "chipnet"
     args.name, args.fsg = args.name or args.model, args.fsg or recipe.gated
-    if args.workers is None:  # features are sent between processes more slowly than they are read
+    if args.workers is None:  # features are sent between processes more slowly than they are read (on two CPU cores)
         args.workers = 0 if recipe.scouts and not args.finetune else min(util.CPUS, 8)
     if recipe.scouts:
         given = [key for key in ("mixup", "fsg", "guide", "crop_dir", "layer_decay") if getattr(args, key)]

@@ -146,6 +146,14 @@ def test_the_number_of_workers_changes_nothing_and_they_start_once(data_dir, tmp
     assert len(started) == 2 * 4  # for all epochs: training and scoring; at the end: held-out and test images
 
 
+def test_features_of_a_scout_are_read_without_loader_processes_unless_asked_for():
+    def workers(*words):
+        return train.fill_defaults(train.get_args_parser().parse_args(["--model", "scout", *words]), BINARY).workers
+
+    assert (workers(), workers("--workers", "1")) == (0, 1)
+    assert workers("--tile", "32", "--finetune", "all") > 0
+
+
 def test_early_stopping_keeps_the_best_epoch(data_dir, tmp_path, monkeypatch):
     aucs = iter([0.6, 0.8, 0.7, 0.8])  # an equal AUC is no improvement
     monkeypatch.setattr(train, "main_score", lambda *_: next(aucs))
