@@ -1,7 +1,7 @@
 """Draw wide scenes in which one small object decides the class, and judge where crops of them lie.
 
     python benchmarks/streets.py draw DATA streets
-    python benchmarks/streets.py judge data/crops/scout --boxes streets/objects.csv
+    python benchmarks/streets.py judge data/crops/scout_attention --boxes streets/objects.csv
 
 draw: a scene is a patchwork of real photographs (isic2018, polyps256 and bccd in DATA), which no saliency can tell from
 its subject: everything differs from everything. Into it are pasted one sign, a disc with a handwritten digit of MNIST
