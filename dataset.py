@@ -396,7 +396,7 @@ class TrainLoader:
 
 def collate(items: list[Batch]) -> Batch:
     """A batch of items; cells of pictures become a Bag."""
-    if isinstance(items[0].image, torch.Tensor):
+    if not isinstance(items[0][0], np.ndarray):
         return default_collate(items)
     images, *others = zip(*items, strict=True)
     return Batch(Bag.of(images), *map(torch.stack, others))
