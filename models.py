@@ -9,6 +9,7 @@ References:
     Guan et al., Diagnose like a Radiologist (AG-CNN), 2018: the fusion of whole image and crop.
     Ilse, Tomczak, Welling, Attention-based Deep Multiple Instance Learning, ICML 2018: the scout's pooling.
     Bergner, Lippert, Mahendran, Iterative Patch Selection, ICLR 2023: training through the best tiles alone.
+    Li, Li, Eliceiri, Dual-stream Multiple Instance Learning (DSMIL), CVPR 2021: cells that answer alone.
 """
 
 import hashlib
@@ -57,6 +58,7 @@ class Spec:
     top_m: int = 0  # tiles that it pools, if not 0
     heads: int = 1  # of its attention
     place: bool = False  # whether its attention depends on where a cell lies
+    witness: bool = False  # whether single cells answer too, and draw its attention
 
 
 class GatedAttention(nn.Module):
@@ -328,6 +330,8 @@ class Scout(Network):
         if spec.place:
             nn.init.zeros_(self.slope.weight)  # at first all places are alike
         self.head = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.hidden * spec.heads, spec.outputs))
+        self.witness = nn.Linear(spec.hidden, spec.outputs) if spec.witness else None
+        self.trust = nn.Parameter(torch.ones(())) if spec.witness else None
 
     def train(self, mode: bool = True) -> "Scout":
         """Train the head; a backbone that is not trained as a whole keeps the statistics of its batch norms."""
@@ -403,6 +407,8 @@ class Scout(Network):
         score = self.scorer(embedding).float()
         if self.slope is not None:
             score = score + self.slope(place.nan_to_num() * (self.grid * FINENESS)).float()
+        if self.witness is not None:
+            score = score + self.trust * self.witness(embedding).detach().amax(dim=2, keepdim=True).float()
         return score.masked_fill(place[..., :1].isnan(), NOTHING).transpose(1, 2)
 
     def find_best(self, score: torch.Tensor) -> torch.Tensor:
@@ -428,9 +434,15 @@ class Scout(Network):
         return self.head(pooled.flatten(1))
 
     def forward(self, bag: Bag, meta: torch.Tensor) -> torch.Tensor:
-        """Cells of N pictures -> logit (N, K)."""
+        """Cells of N pictures -> logit (N, K). With spec.witness it is in training, for every other picture by a coin,
+        what the cell that speaks most for an output says alone: thus attention finds one cell in hundreds, of which the
+        mean tells nothing. Li, Li, Eliceiri 2021, two streams."""
         embedding, attention = self.take_in(bag)
-        return self.answer(attention.to(embedding.dtype) @ embedding)
+        logit = self.answer(attention.to(embedding.dtype) @ embedding)
+        if self.witness is None or not self.training:
+            return logit
+        alone = self.witness(embedding).masked_fill(~bag.known.unsqueeze(2), NOTHING).amax(dim=1)
+        return torch.where(torch.rand(len(logit), 1, device=logit.device) < 0.5, alone, logit)
 
     def on_map(self, value: torch.Tensor, bag: Bag) -> torch.Tensor:
         """Values of cells (N, B) added up where the cells lie: (N, grid, grid)."""

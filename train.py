@@ -251,7 +251,7 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
         given += ["weights RUN"] if Path(args.weights).is_dir() else []  # another backbone in every fold
         if given:
             raise InputError(f"--{given[0]} changes pictures or backbone, which a scout has seen before; leave it out")
-    elif given := [key for key in ("tile", "finetune", "top_m", "place") if getattr(args, key)]:
+    elif given := [key for key in ("tile", "finetune", "top_m", "place", "witness") if getattr(args, key)]:
         raise InputError(f"--{given[0]} is for scouts; leave it out for {args.model}")
     args.tta = args.tta or (1 if recipe.scouts else dataset.AUGMENTATIONS[args.augment].views)
     args.loss = args.loss or next(iter(task.losses()))
@@ -285,7 +285,7 @@ def make_spec(args: argparse.Namespace, data: Data, meta_dim: int = 0) -> models
         raise InputError(f"{args.crop_dir} has {boxes} boxes of an image, {args.model} takes one; pass other crops")
     sizes = {"image_size": data.size, "meta_dim": meta_dim, "outputs": len(data.task.names)}
     parts = {"hidden": args.hidden, "dropout": args.dropout, "gates": args.gate_init, "boxes": boxes}
-    parts |= {key: getattr(args, key) for key in ("scout_size", "tile", "finetune", "top_m", "heads", "place")}
+    parts |= {key: getattr(args, key) for key in ("scout_size", "tile", "finetune", "top_m", "heads", "place", "witness")}
     return models.Spec(args.model, args.backbone, **sizes, **parts, strides=tuple(args.stride))
 
 
@@ -368,6 +368,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     extra = parser.add_argument_group("extras").add_argument
     extra("--heads", type=count, default=1, help="of a scout: of its attention")
     extra("--place", action="store_true", help="of a scout: its attention may depend on where a cell lies")
+    extra("--witness", action="store_true", help="of a scout: single cells answer too, and draw its attention")
     extra("--finetune", choices=("last", "all"), help="of a scout with --tile: stages of its backbone to train")
     extra("--top_m", type=util.number(int, 0), default=0, help="of a scout: tiles of a picture to train on [all]")
     extra("--pos_weight", type=positive, nargs="+", default=[1.0], help="of positives in the loss, or of each class")

@@ -119,6 +119,27 @@ def test_what_several_heads_pool_is_joined():
     assert torch.allclose(network(bag, torch.zeros(1, 0))[0], expected, atol=1e-6)
 
 
+def test_a_witness_answers_alone_in_training_and_draws_the_attention():
+    network, meta = scout(witness=True, outputs=2, dropout=0.0), torch.zeros(2, 0)
+    bag = a_bag(network, 6, 3)
+    network.eval()
+    embedding = network.embed(bag).detach()
+    said = network.witness(embedding).masked_fill(~bag.known.unsqueeze(2), -9e9)
+    with torch.no_grad():
+        network.trust.fill_(1e3)
+        assert torch.equal(network.take_in(bag)[1][:, 0].argmax(dim=1), said.amax(dim=2).argmax(dim=1))
+        pooled = network(bag, meta)
+    network.train()
+    network.trunk[0].eval()  # batch norm as before
+    answers = torch.stack([network(bag, meta) for _ in range(32)]).detach()
+    by_attention = torch.isclose(answers, pooled).all(dim=2)
+    assert (by_attention | torch.isclose(answers, said.amax(dim=1)).all(dim=2)).all()
+    assert 4 < by_attention[:, 0].sum() < 28 and (by_attention[:, 0] != by_attention[:, 1]).any()
+    answer = network.answer(network.take_in(bag)[1] @ network.embed(bag))
+    answer.sum().backward()
+    assert network.witness.weight.grad is None and network.trust.grad is not None
+
+
 def test_attention_may_depend_on_the_place_of_a_cell():
     network = scout(place=True).eval()
     bag = a_bag(network, 5)
