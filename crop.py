@@ -10,13 +10,14 @@ Writes  --output_dir/NAME/: {train,test}_224.npy, train_wide_314.npy (for jitter
     python crop.py --source saliency
     python crop.py --source attention --run runs/chipnet --rule original --num_devs 1.0
     python crop.py --run runs/scout --box_size 192
-    python crop.py --source gradcam --run runs/resnet
+    python crop.py --source cam --run runs/resnet
     python crop.py --source boxes --boxes detector.csv
 
 A training image is cropped by the map of the fold that held it out; a test image by the mean map of all folds. Sources:
 attention (a ChipNet, or a scout, which looks at the originals), saliency (no labels: what differs from the background
-in the features of a pretrained network), attention*saliency (their product), gradcam (any other trained run), boxes (a
-csv of image_name, x0, y0, x1, y1 in pixels of the originals, turned upright).
+in the features of a pretrained network), attention*saliency (their product), cam or gradcam (any other trained run),
+rollout (a vision transformer; see maps.py), boxes (a csv of image_name, x0, y0, x1, y1 in pixels of the originals,
+turned upright).
 
 Every file is decoded once, for all its crops. A stopped run goes on where it was when called again.
 """
@@ -61,7 +62,7 @@ def fill_defaults(args: argparse.Namespace, data: Data) -> Run | None:
     """Fill in what depends on the run, in place; returns the run that maps come from, if any. Raises InputError if
     arguments contradict each other."""
     source = localize.SOURCES.get(args.source)
-    run = read_run(args.run) if args.source is None or (source and source.needs) else None
+    run = read_run(args.run) if args.source is None or (source and source.way) else None
     scout = run is not None and is_scout(run)
     args.source = args.source or ("attention" if scout else "attention*saliency")
     args.rule = args.rule or ("peak" if scout else "component")
@@ -69,7 +70,11 @@ def fill_defaults(args: argparse.Namespace, data: Data) -> Run | None:
     if (args.source == "boxes") != (args.boxes is not None):
         raise InputError("--source boxes and --boxes FILE go together; pass both or neither")
     if args.class_name is not None and (args.class_name not in data.task.names or run is None):
-        raise InputError(f"--class is for the maps of a trained run: one of {', '.join(data.task.names)}")
+        raise InputError(f"--class {args.class_name}: maps of a trained run know {', '.join(data.task.names)}")
+    if args.class_name is not None and args.source == "rollout":
+        raise InputError("--class: a rollout is the same for all classes; leave it out, or take cam or gradcam")
+    if args.layer is not None and args.source != "gradcam":
+        raise InputError(f"--layer {args.layer} is for --source gradcam; pass both")
     if args.box_size is not None and args.rule != "peak":
         raise InputError("--box_size is for --rule peak; pass both")
     if scout and args.source != "attention":
@@ -82,8 +87,8 @@ def find_networks(run: Run, source: localize.Source, data: Data) -> dict[int, Pa
     run_dir, recipe = run.path, models.MODELS.get(run.config["args"].get("model"))  # a blend has none
     if recipe is None or run.config["crop"] is not None or not (recipe.scouts or recipe.inputs == ("whole",)):
         raise InputError(f"{run_dir} does not look at whole images: it cannot say where to crop; pass one that does")
-    if hasattr(recipe.network, "attention") != (source.needs == "attention"):
-        raise InputError(f"{run_dir} does not fit this --source; pass a ChipNet run for attention, another for gradcam")
+    if hasattr(recipe.network, "attention") != (source.way == "attention"):
+        raise InputError(f"--source {source.way} does not fit {run_dir}; pass a ChipNet run for attention, another for cam")
     found = {k: run.checkpoint(k) for k in run.folds}
     for k, path in found.items():
         check_unseen(path, models.read_torch_file(path).get("trained_on"), data.folds_sha256, k)
@@ -280,7 +285,7 @@ def default_name(args: argparse.Namespace, source: localize.Source | None) -> st
     """Name of the crops' directory: what they were cut by."""
     if source is None:
         return args.boxes.stem
-    if source.needs is None:
+    if source.way is None:
         return args.source
     parts = [args.run.resolve().name, args.source, (args.class_name or "").replace("/", "_")]
     return "_".join(part for part in parts if part not in ("", "attention*saliency"))
@@ -299,7 +304,7 @@ def main(args: argparse.Namespace) -> Path:
         scout = models.load_checkpoint(next(iter(found.values())), device)[0]
         data.cells = make_cells(scout, data, args.workers, args.image_dir)
     croppers = [Cropper(split, data, folder, args) for split in data.tables()]
-    how = {key: getattr(args, key) for key in ("source", "rule", "views", "shifts", "amp", "class_name")}
+    how = {key: getattr(args, key) for key in ("source", "rule", "views", "shifts", "amp", "class_name", "layer")}
     how["num_devs"] = args.num_devs if args.rule == "original" else None
     how |= {"centre": args.centre if args.rule == "component" else None, "box_size": args.box_size}
     how["n_boxes"] = args.n_boxes
@@ -339,8 +344,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = util.new_parser(__doc__, "data_dir", "amp", "device", "workers", "limit", "overwrite")
     add, count = parser.add_argument, util.COUNT
     add("--source", choices=(*localize.SOURCES, "boxes"), help="of maps or boxes [attention*saliency; scout attention]")
-    add("--run", type=Path, default=Path("runs/chipnet"), help="of attention (a ChipNet or a scout) and gradcam")
-    add("--class", dest="class_name", help="output that gradcam or attention looks for [as predicted]")
+    add("--run", type=Path, default=Path("runs/chipnet"), help="of attention (a ChipNet or a scout), cam, ...")
+    add("--class", dest="class_name", help="output that attention, cam or gradcam looks for [as predicted]")
+    add("--layer", help="of --source gradcam: module of the backbone [its last map]")
     add("--backbone", default="resnet50", help="of the saliency: as in train.py")
     add("--weights", default="imagenet", help="of it: imagenet, none or a file")
     add("--boxes", type=Path, help="csv of --source boxes")

@@ -2,7 +2,7 @@
 
 A map (h, w) covers the centre square of an original image, or with padding all of it; a box lies in the original's
 pixels. Maps come from anything with attention(image, views) -> (N, h, w), positive, summing to 1: a ChipNet, a Saliency
-(no labels), a GradCam (any trained network), or a Product of them. A new source of maps is a row of SOURCES.
+(no labels), a maps.Explainer (any trained network), or a Product of them. A new source of maps is a row of SOURCES.
 
     box = find_box(attention, image_size=(width, height))
 
@@ -12,8 +12,6 @@ References:
     rarely the subject.
     Zhang et al., Rethinking the Route Towards Weakly Supervised Object Localization, CVPR 2020: training a localiser
     on its own pseudo labels.
-    Selvaraju et al., Grad-CAM, ICCV 2017; Zhou et al., Learning Deep Features for Discriminative Localization, CVPR
-    2016: the closed form.
 """
 
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from maps import WAYS, normalised
 from models import Scout, autocast, load_checkpoint, mean_over_views
 from plumbing.backbones import find_stages, run_backbone
 from plumbing.cells import split
@@ -91,12 +90,6 @@ def attention_maps(sources: list, seen, device, views: int = 1, batch_size: int 
         each = [source.attention(image.to(device), views) for source in sources]
         maps.append(torch.stack(each).mean(dim=0).float().cpu().numpy())
     return np.concatenate(maps)
-
-
-def normalised(score: torch.Tensor) -> torch.Tensor:
-    """Maps (N, h, w), not negative, scaled to sum 1; a map of zeros becomes uniform."""
-    score = score + torch.finfo(torch.float32).tiny
-    return score / score.sum(dim=(1, 2), keepdim=True)
 
 
 class Saliency:
@@ -192,77 +185,6 @@ def fit_saliency(network: nn.Module, array: np.ndarray, rows: np.ndarray, device
     return Saliency(network, torch.tensor(weight, dtype=torch.float32), bias)
 
 
-class GradCam:
-    """Where a trained network finds evidence for or against an output: |Grad-CAM - its median|. Grad-CAM of the logit
-    on the last feature map, its sign kept. If the head is pooling and one linear layer it is computed in closed form,
-    without a backward pass. evidence: shares of the outputs in what is explained, logit (N, K) -> (N, K); see
-    tasks.Task.evidence."""
-
-    def __init__(self, network: nn.Module, meta: np.ndarray | None = None, evidence: Callable = torch.ones_like):
-        self.network, self.evidence = network, evidence  # meta: encoded, (1, M), that counts as missing everywhere
-        self.meta = torch.zeros(1, 0) if meta is None else torch.from_numpy(meta)
-        self._stage: str | None = None
-
-    def cam(self, image: torch.Tensor) -> torch.Tensor:
-        """image uint8 (N, 3, S, S) -> signed class activation map of the logits (N, h, w)."""
-        network, meta = self.network, self.meta.to(image.device).expand(len(image), -1)
-        if self._stage is None:
-            found = find_stages(network, image, SALIENCY_STRIDES)
-            self._stage = found[max(found)]
-        logit, outputs = run_backbone(network, [self._stage, ""], lambda: network(image, meta))
-        maps, pooled = outputs[self._stage], outputs[""]
-        if maps.shape[1] == pooled.shape[1] and torch.allclose(maps.mean(dim=(2, 3)), pooled, rtol=1e-3, atol=1e-5):
-            weight = self.evidence(logit) @ network.head[-1].weight[:, : maps.shape[1]]
-            return torch.einsum("nchw,nc->nhw", maps, weight) / maps[0, 0].numel()
-        return self.cam_by_gradient(image)
-
-    def cam_by_gradient(self, image: torch.Tensor) -> torch.Tensor:
-        """The same by back-propagation, for any head."""
-        network = self.network
-        meta = self.meta.to(image.device).expand(len(image), -1)
-        with torch.enable_grad():
-            logit, outputs = run_backbone(network, [self._stage], lambda: network(image, meta))
-            maps = outputs[self._stage]
-            (gradient,) = torch.autograd.grad((self.evidence(logit.detach()) * logit).sum(), maps)
-        return (gradient.mean(dim=(2, 3), keepdim=True) * maps).sum(dim=1).detach()
-
-    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
-        """image uint8 (N, 3, S, S) -> attention (N, h, w)."""
-
-        def attend(image: torch.Tensor) -> torch.Tensor:
-            cam = self.cam(image)
-            median = cam.flatten(1).median(dim=1).values[:, None, None]
-            return normalised((cam - median).abs())
-
-        return mean_over_views(attend, image, views)
-
-
-class ClassAttention:
-    """A ChipNet's attention, weighted by how much each chip speaks for an output: its share in the linearised logit, if
-    positive. evidence: as of GradCam."""
-
-    def __init__(self, network: nn.Module, evidence: Callable):
-        self.network, self.evidence = network, evidence
-
-    def contribution(self, image: torch.Tensor) -> torch.Tensor:
-        """image uint8 (N, 3, S, S), or a scout's cells -> share of every chip or cell (N, h, w)."""
-        embedding, attention = self.network.take_in(image)
-        pooled = (attention.to(embedding.dtype) @ embedding).detach()
-        with torch.enable_grad():
-            logit = self.network.answer(pooled.requires_grad_())
-            (gradient,) = torch.autograd.grad((self.evidence(logit.detach()) * logit).sum(), pooled)
-        share = torch.einsum("nbc,nhc->nhb", embedding, gradient).clamp_min(0)
-        looked = attention.mean(dim=1).clamp_min(torch.finfo(torch.float32).tiny)  # the heads' shares are added up
-        return normalised(self.network.on_map((attention * share).mean(dim=1) / looked, image))
-
-    def attention(self, image: torch.Tensor, views: int = 1) -> torch.Tensor:
-        """image uint8 (N, 3, S, S) -> attention (N, h, w)."""
-        maps = self.network.attention(image, views)
-        share = mean_over_views(self.contribution, image, views).unsqueeze(1)
-        fine = F.interpolate(share, size=maps.shape[-2:], mode="bilinear").squeeze(1)
-        return normalised(maps * fine)
-
-
 class Product:
     """Cell by cell geometric mean of two maps, on the finer grid: where both look."""
 
@@ -277,29 +199,25 @@ class Product:
         return normalised((fine[0] * fine[1]).sqrt().squeeze(1))
 
 
-def attention_of(network: nn.Module, evidence: Callable | None):
-    """A ChipNet as it is, or looking for an output."""
-    return network if evidence is None else ClassAttention(network, evidence)
-
-
 @dataclass(frozen=True)
 class Source:
-    """A way to make maps: make(network, saliency, meta, evidence) -> something with attention(image, views). needs:
-    "attention" or "maps" of a trained run's networks, None if no run is needed; saliency: whether one is learned."""
+    """A source of maps: a way to explain the networks of a trained run (maps.WAYS), a saliency, or the product of both.
+    A ChipNet or scout that is to look for no output in particular is its own source of attention."""
 
-    make: Callable
-    needs: str | None = None
+    way: str | None = None
     saliency: bool = False
 
+    def make(self, network, saliency: Saliency | None, meta=None, evidence: Callable | None = None, layer=None):
+        """What has attention(image, views); meta, evidence and layer as of maps.Explainer."""
+        parts = [saliency] if self.saliency else []
+        if self.way is not None:
+            plain = self.way == "attention" and evidence is None
+            parts.insert(0, network if plain else WAYS[self.way](network, meta, evidence, layer))
+        return parts[0] if len(parts) == 1 else Product(*parts)
 
-SOURCES = {
-    "attention*saliency": Source(
-        lambda net, saliency, meta, evidence: Product(attention_of(net, evidence), saliency), "attention", saliency=True
-    ),
-    "attention": Source(lambda net, saliency, meta, evidence: attention_of(net, evidence), "attention"),
-    "gradcam": Source(lambda net, saliency, meta, evidence: GradCam(net, meta, evidence), "maps"),
-    "saliency": Source(lambda net, saliency, *_: saliency, saliency=True),
-}
+
+SOURCES = {"attention*saliency": Source("attention", saliency=True), **{way: Source(way) for way in WAYS},
+           "saliency": Source(saliency=True)}  # fmt: skip
 
 
 def upsample(attention: np.ndarray, size: int = GRID) -> np.ndarray:
@@ -514,12 +432,13 @@ class Finder:
         for k in facts["folds"]:
             network, meta, evidence = None, None, None
             if facts["trained"]:
-                fold = SOURCES[facts["source"]].needs == "attention"  # Grad-CAM needs the modules that end a stage
+                fold = SOURCES[facts["source"]].way == "attention"  # other ways need the modules as they were trained
                 network, content = load_checkpoint(folder / f"fold{k}_network.pt", device, fold=fold)
                 network.shifts, meta = facts["shifts"], blank_meta(content)
                 if facts["class_name"] or not fold:  # the attention of a ChipNet is one for all outputs
                     evidence = partial(task_of(content["task"]).evidence, name=facts["class_name"])
-            sources[k] = SOURCES[facts["source"]].make(network, saliencies.get(k), meta, evidence)
+            layer = facts.get("layer")
+            sources[k] = SOURCES[facts["source"]].make(network, saliencies.get(k), meta, evidence, layer)
         how = {key: facts[key] for key in ("rule", "num_devs", "centre", "views", "frame", "box_size")}
         how["n_boxes"] = facts.get("n_boxes", 1)  # crops of older versions have one
         return cls(sources, **how, scout=network if isinstance(network, Scout) else None)

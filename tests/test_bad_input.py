@@ -193,7 +193,7 @@ WORDS = {
               WEIGHTS, "--model cropnet --crop_dir mine", "--runs_dir . --name data", "--runs_dir runs --name resnet",
               "--data_dir mine", f"--guide {CROPS} --model resnet"],
     "crop": ["--num_devs nan", "--run runs/resnet", "--run runs/cropnet", "--run runs/mean", BOXED, "--source boxes",
-             "--source gradcam", "--source attention*saliency --output_dir data/crops"],
+             "--source rollout --class x", "--layer x", "--source attention*saliency --output_dir data/crops"],
     "ensemble": ["--weights resnet=nan", "--runs mean mean", "--name mean", "--overwrite --name cropnet"],
     "predict": ["--output source/images", "--csv mine.csv", "--run runs/none"], "audit": ["runs/none"],
 }  # fmt: skip

@@ -119,7 +119,11 @@ def test_a_source_is_one_row(make, data_dir, monkeypatch):
             maps[:, 1, 1] = 1
             return maps / maps.sum(dim=(1, 2), keepdim=True)
 
-    monkeypatch.setitem(localize.SOURCES, "corner", Source(lambda *_: Corner()))
+    class Cornered(Source):
+        def make(self, *parts):
+            return Corner()
+
+    monkeypatch.setitem(localize.SOURCES, "corner", Cornered())
     crops = make("--source", "corner")
     boxes = read_boxes(crops)
     assert (crops.name, (boxes["fallback"].isna() & (boxes["oof"] == 1)).all()) == ("corner", True)

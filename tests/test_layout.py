@@ -19,7 +19,8 @@ ALLOWED = {"util": (), "fsg": (), "losses": (), "scores": (), "tasks": ("util", 
            "calibration": ("util", "scores", "tasks"),
            "plumbing": ("util", "scores", "tasks", "calibration", "fsg", "plumbing"),
            "models": ("util", "tasks", "fsg", "plumbing"),
-           "dataset": ("util", "tasks", "plumbing"), "localize": ("util", "tasks", "plumbing", "models")}  # fmt: skip
+           "maps": ("util", "fsg", "plumbing", "models"),
+           "dataset": ("util", "tasks", "plumbing"), "localize": ("util", "tasks", "plumbing", "models", "maps")}  # fmt: skip
 PATHS = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
          for path in (*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"))}  # fmt: skip
 TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}

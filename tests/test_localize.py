@@ -1,7 +1,6 @@
 """Sources of maps, from maps to boxes, and the Finder that does both."""
 
 import shutil
-from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -12,12 +11,12 @@ import pytest
 import torch
 
 import localize
-from localize import ClassAttention, Finder, GradCam, Product, Saliency, attention_maps, find_box, fit_saliency
+from localize import Finder, Product, Saliency, attention_maps, find_box, fit_saliency
+from maps import Cam
 from models import Spec, build_model, dihedral, load_checkpoint
 from plumbing.backbones import find_stages
 from plumbing.data import MetaEncoder
 from plumbing.files import read_json, sha256
-from tasks import MultiClass
 from util import InputError
 
 CPU = torch.device("cpu")
@@ -76,47 +75,7 @@ def test_saliency_is_learned_from_the_rows_named_alone_against_most_of_the_borde
     assert (distance[:, :3, :5] > 5 * distance[1, 8, 8]).all()
 
 
-@pytest.mark.parametrize("backbone", ["regnet_tiny", "resnet18", "efficientnet_b0"])
-def test_grad_cam_in_closed_form_is_grad_cam(backbone):
-    cam, image = GradCam(network(backbone), np.zeros((1, 2), np.float32)), torch.tensor(discs(2)[0])
-    with torch.no_grad():
-        closed, by_gradient = (make(image.permute(0, 3, 1, 2)) for make in (cam.cam, cam.cam_by_gradient))
-    assert closed.std() > 0
-    assert torch.allclose(closed, by_gradient, atol=1e-5 * float(closed.abs().max()) + 1e-9)
-    assert np.allclose(attention_maps([cam], image.numpy(), CPU, 8).sum(axis=(1, 2)), 1, atol=1e-5)
-
-
-def test_maps_of_a_class_are_where_it_has_evidence():
-    image, names = torch.tensor(discs(2)[0]).permute(0, 3, 1, 2), ("a", "b")
-    task = MultiClass(names, "auc")
-    for make, model in ((GradCam, "resnet"), (ClassAttention, "chipnet")):
-        trained = build_model(Spec(model, "regnet_tiny", image.shape[-1], outputs=2)).eval()
-        head = trained.head[-1]
-        torch.nn.init.normal_(head.weight[0])
-        with torch.no_grad():
-            if make is ClassAttention:  # chips of either sign
-                middle = trained.embed(image).mean(dim=(0, 2, 3))
-                head.weight[0] -= head.weight[0] @ middle / middle.square().sum() * middle
-            head.weight[1] = -head.weight[0]  # what speaks for one speaks against the other
-            options = {"meta": np.zeros((1, 0), np.float32)} if make is GradCam else {}
-            sources = [make(trained, **options, evidence=partial(task.evidence, name=name)) for name in names]
-            first, second = (getattr(s, "cam" if make is GradCam else "contribution")(image) for s in sources)
-            likeliest = make(trained, **options, evidence=task.evidence)
-            predicted = trained(image, torch.zeros(len(image), 0)).argmax(dim=1)
-            found = getattr(likeliest, "cam" if make is GradCam else "contribution")(image)
-        if make is GradCam:
-            assert torch.allclose(first, -second, atol=1e-6)
-        else:
-            assert (first.minimum(second) < 1e-6).all()
-            assert np.allclose(attention_maps([sources[0]], discs(2)[0], CPU, 2).sum(axis=(1, 2)), 1, atol=1e-5)
-        for row, label in enumerate(predicted):
-            assert torch.allclose(found[row], (first, second)[label][row], atol=1e-6)
-
-
-def test_grad_cam_shows_evidence_for_either_class_and_a_product_where_both_look():
-    cam = GradCam(network())
-    cam.cam = lambda image: torch.tensor([[[0.0, 2.0], [0.0, 0.0], [-3.0, 0.0]]])
-    assert cam.attention(None)[0].flatten().tolist() == pytest.approx([0, 0.4, 0, 0, 0.6, 0])
+def test_a_product_is_where_both_look():
     fine, coarse = torch.full((1, 8, 8), 1e-4), torch.full((1, 4, 4), 1e-4)
     fine[0, 1, 1] = fine[0, 6, 6] = coarse[0, 3, 3] = 1
     both = Product(*(SimpleNamespace(attention=lambda image, views, m=m: m) for m in (fine, coarse))).attention(None)
@@ -129,9 +88,8 @@ def test_stages_are_outputs_of_stages_which_some_networks_do_not_have():
         resnet, other = (find_stages(network(name), image, (4, 8, 16)) for name in ("resnet18", "efficientnet_b0"))
     assert resnet == {2: "relu", 4: "layer1", 8: "layer2", 16: "layer3", 32: "layer4"}
     assert (other[8], other[32]) == ("features.3", "features")
-    for source in (Saliency(network("vit_tiny")), GradCam(network("vit_tiny"))):
-        with pytest.raises(InputError, match="convolutional"):
-            source.attention(image)
+    with pytest.raises(InputError, match="convolutional"):
+        Saliency(network("vit_tiny")).attention(image)
     with pytest.raises(InputError, match="--source"):
         fit_saliency(network(), np.full((4, 64, 64, 3), 128, np.uint8), np.arange(4), CPU)  # nothing is there
 
@@ -232,19 +190,19 @@ def test_finder_loads_what_crop_py_used_and_nothing_else(runs_dir):
         Finder.load(folder, facts | {"source": "boxes"}, CPU)
 
 
-def test_grad_cam_of_a_run_is_that_of_its_networks_with_metadata_missing(runs_dir, tmp_path):
+@pytest.mark.parametrize("way", ["cam", "gradcam"])
+def test_maps_of_a_run_are_those_of_its_networks_with_metadata_missing(runs_dir, tmp_path, way):
     path = shutil.copy(runs_dir / "resnet" / "fold0_best.pt", tmp_path / "fold0_network.pt")
-    facts = {"source": "gradcam", "networks": {path.name: sha256(path)}, "folds": [0], "trained": True, "shifts": 1,
+    facts = {"source": way, "networks": {path.name: sha256(path)}, "folds": [0], "trained": True, "shifts": 1,
              "rule": "component", "num_devs": None, "views": 1, "class_name": None,
              "centre": None, "frame": "square", "box_size": None}  # fmt: skip
-    source, (trained, content) = Finder.load(tmp_path, facts, CPU).sources[0], load_checkpoint(path)
+    found, (trained, content) = Finder.load(tmp_path, facts, CPU).sources[0], load_checkpoint(path)
     missing = torch.from_numpy(MetaEncoder(content["encoder"]).encode(pd.DataFrame(index=[0])))
     assert missing.any()  # flags, and not the zeros that no encoder writes
     image, seen = torch.from_numpy(discs(n=2)[0]).permute(0, 3, 1, 2), []
-    source.network.meta_branch.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    found.network.meta_branch.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        expected = GradCam(trained, missing.numpy()).cam(image)
-        assert torch.allclose(source.cam(image), expected, atol=1e-5 * float(expected.abs().max()))
-        assert source._stage == "trunk_output"  # whole, and not the last module in it, as in a folded network
-        source.cam_by_gradient(image)
+        expected = Cam(trained, missing.numpy()).explain(image)[1]
+        assert torch.allclose(found.explain(image)[1], expected, atol=1e-5 * float(expected.abs().max()))
+    assert found.layer == "trunk_output"  # whole, and not the last module in it, as in a folded network
     assert torch.equal(seen[0], missing.expand(2, -1))
