@@ -70,7 +70,7 @@ def fill_defaults(args: argparse.Namespace, data: Data) -> Run | None:
     if (args.source == "boxes") != (args.boxes is not None):
         raise InputError("--source boxes and --boxes FILE go together; pass both or neither")
     if args.class_name is not None and (args.class_name not in data.task.names or run is None):
-        raise InputError(f"--class {args.class_name}: maps of a trained run know {', '.join(data.task.names)}")
+        raise InputError(f"--class {args.class_name} is no output of a trained run; pass {', '.join(data.task.names)}")
     if args.class_name is not None and args.source == "rollout":
         raise InputError("--class: a rollout is the same for all classes; leave it out, or take cam or gradcam")
     if args.layer is not None and args.source != "gradcam":
