@@ -67,9 +67,7 @@ class Blend:
 BLENDS = {
     "mean": Blend(),
     "rank": Blend(rank_of, value_of_rank, ranks=True),
-    "logit": Blend(
-        lambda task, prob, history: task.logit(prob), lambda task, average, history: prob_of(task, average)
-    ),
+    "logit": Blend(lambda task, prob, history: task.logit(prob), lambda task, average, history: prob_of(task, average)),
     "weights": Blend(
         lambda task, prob, history: rank_of(task, prob, history) if by_order(task) else prob,
         ranks=True,

@@ -88,7 +88,7 @@ def find_networks(run: Run, source: localize.Source, data: Data) -> dict[int, Pa
     if recipe is None or run.config["crop"] is not None or not (recipe.scouts or recipe.inputs == ("whole",)):
         raise InputError(f"{run_dir} does not look at whole images: it cannot say where to crop; pass one that does")
     if hasattr(recipe.network, "attention") != (source.way == "attention"):
-        raise InputError(f"--source {source.way} does not fit {run_dir}; pass a ChipNet run for attention, another for cam")
+        raise InputError(f"--source {source.way} does not fit {run_dir}; pass a ChipNet for attention, another for cam")
     found = {k: run.checkpoint(k) for k in run.folds}
     for k, path in found.items():
         check_unseen(path, models.read_torch_file(path).get("trained_on"), data.folds_sha256, k)

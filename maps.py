@@ -211,10 +211,12 @@ def last_stage(network: nn.Module, image: torch.Tensor) -> str:
 
 def attention_modules(backbone: nn.Module) -> dict[str, nn.Module]:
     """Self-attentions of a plain vision transformer of torchvision or timm by name, in order."""
-    return {
-        name: module for name, module in backbone.named_modules()
-        if isinstance(module, nn.MultiheadAttention) or (type(module).__name__ == "Attention" and hasattr(module, "qkv"))
-    }  # fmt: skip
+
+    def is_one(module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention) or (type(module).__name__, hasattr(module, "qkv")) == (
+            "Attention", True)  # fmt: skip
+
+    return {name: module for name, module in backbone.named_modules() if is_one(module)}
 
 
 def norm_before(backbone: nn.Module, name: str) -> str:

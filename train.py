@@ -44,6 +44,7 @@ from plumbing.guards import check_inputs, fold_weights
 from tasks import KINDS, Task, main_score, pick_rows
 from util import FOLD, ID, InputError, Stopped
 
+SCOUT_FLAGS = ("tile", "finetune", "top_m", "place", "witness")  # off unless given, for scouts alone
 GATE_DEFAULTS = {"gate_init": "identity", "gate_lr": 1e-3, "gate_l1": 0.0, "routing": "single"}
 
 
@@ -251,7 +252,7 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
         given += ["weights RUN"] if Path(args.weights).is_dir() else []  # another backbone in every fold
         if given:
             raise InputError(f"--{given[0]} changes pictures or backbone, which a scout has seen before; leave it out")
-    elif given := [key for key in ("tile", "finetune", "top_m", "place", "witness") if getattr(args, key)]:
+    elif given := [key for key in SCOUT_FLAGS if getattr(args, key)]:
         raise InputError(f"--{given[0]} is for scouts; leave it out for {args.model}")
     args.tta = args.tta or (1 if recipe.scouts else dataset.AUGMENTATIONS[args.augment].views)
     args.loss = args.loss or next(iter(task.losses()))
@@ -285,7 +286,7 @@ def make_spec(args: argparse.Namespace, data: Data, meta_dim: int = 0) -> models
         raise InputError(f"{args.crop_dir} has {boxes} boxes of an image, {args.model} takes one; pass other crops")
     sizes = {"image_size": data.size, "meta_dim": meta_dim, "outputs": len(data.task.names)}
     parts = {"hidden": args.hidden, "dropout": args.dropout, "gates": args.gate_init, "boxes": boxes}
-    parts |= {key: getattr(args, key) for key in ("scout_size", "tile", "finetune", "top_m", "heads", "place", "witness")}
+    parts |= {key: getattr(args, key) for key in ("scout_size", *SCOUT_FLAGS, "heads")}
     return models.Spec(args.model, args.backbone, **sizes, **parts, strides=tuple(args.stride))
 
 

@@ -11,7 +11,7 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-BUDGET, README_BYTES = 6600, 12_000  # lines of all modules, length of the README
+BUDGET, README_BYTES = 6900, 12_000  # lines of all modules, length of the README
 SCRIPTS = {"preprocess", "train", "crop", "ensemble", "predict", "audit"}
 # what a module may import of ours; a script all but scripts
 ALLOWED = {"util": (), "fsg": (), "losses": (), "scores": (), "tasks": ("util", "scores", "losses"),
@@ -20,7 +20,9 @@ ALLOWED = {"util": (), "fsg": (), "losses": (), "scores": (), "tasks": ("util", 
            "plumbing": ("util", "scores", "tasks", "calibration", "fsg", "plumbing"),
            "models": ("util", "tasks", "fsg", "plumbing"),
            "maps": ("util", "fsg", "plumbing", "models"),
-           "dataset": ("util", "tasks", "plumbing"), "localize": ("util", "tasks", "plumbing", "models", "maps")}  # fmt: skip
+           "inference": ("util", "tasks", "plumbing", "models", "localize", "blends"),
+           "dataset": ("util", "tasks", "plumbing"),
+           "localize": ("util", "tasks", "plumbing", "models", "maps")}  # fmt: skip
 PATHS = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
          for path in (*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"))}  # fmt: skip
 TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}

@@ -11,12 +11,12 @@ from PIL import Image
 
 import blends
 import models
+from inference import open_predictor
 from localize import Finder
 from plumbing.data import CORNERS
 from plumbing.files import read_json
 from plumbing.images import read_square
 from plumbing.runs import read_run
-from predict import open_predictor
 from tasks import Binary
 from util import InputError
 

@@ -80,8 +80,10 @@ def test_cells_are_what_the_backbone_finds_of_a_coarse_and_a_fine_map():
     assert torch.allclose(found[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("width", "height", "rows", "columns"), [
-    (256, 128, (1, 3), (0, 4)), (128, 256, (0, 4), (1, 3)), (64, 64, (1, 3), (1, 3)), (128, 128, (0, 4), (0, 4))])
+@pytest.mark.parametrize(
+    ("width", "height", "rows", "columns"),
+    [(256, 128, (1, 3), (0, 4)), (128, 256, (0, 4), (1, 3)), (64, 64, (1, 3), (1, 3)), (128, 128, (0, 4), (0, 4))],
+)
 def test_cells_lie_where_their_pixels_lie_and_small_pictures_are_not_enlarged(tmp_path, width, height, rows, columns):
     network, path = scout().eval(), write(tmp_path / "a.png", width, height)
     inner = read_square(path, 128, frame=128)[0][rows[0] * 32 : rows[1] * 32, columns[0] * 32 : columns[1] * 32]
@@ -134,10 +136,12 @@ def test_a_witness_answers_alone_in_training_and_draws_the_attention():
     answers = torch.stack([network(bag, meta) for _ in range(32)]).detach()
     by_attention = torch.isclose(answers, pooled).all(dim=2)
     assert (by_attention | torch.isclose(answers, said.amax(dim=1)).all(dim=2)).all()
-    assert 4 < by_attention[:, 0].sum() < 28 and (by_attention[:, 0] != by_attention[:, 1]).any()
+    assert 4 < by_attention[:, 0].sum() < 28
+    assert (by_attention[:, 0] != by_attention[:, 1]).any()
     answer = network.answer(network.take_in(bag)[1] @ network.embed(bag))
     answer.sum().backward()
-    assert network.witness.weight.grad is None and network.trust.grad is not None
+    assert network.witness.weight.grad is None
+    assert network.trust.grad is not None
 
 
 def test_attention_may_depend_on_the_place_of_a_cell():

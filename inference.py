@@ -1,0 +1,234 @@
+"""A finished run or blend as what predicts new images: as the training images were made, so are they.
+
+predictor = open_predictor(read_run(Path("runs/ensemble")), device)
+for images in read_chunks(list_images([folder]), table, predictor, "fail"):
+    predictor.predict(images, found := {})
+"""
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+import models
+import util
+from blends import BLENDS, average_of
+from localize import Box, Finder
+from plumbing.cells import Bag, read_cells, split
+from plumbing.data import MetaEncoder, read_table
+from plumbing.images import SUFFIXES, Frame, ImageIndex, name_key, read_crops, read_square_or_skip
+from plumbing.runs import FINDER, Run
+from tasks import task_of
+from util import BOX_SIDE, FOLD, ID, InputError
+
+CHUNK = 64  # images in memory at a time
+BATCH = 32  # images that a network sees at a time
+
+
+@dataclass
+class Look:
+    """Where a run looked: maps (N, h, w) of a frame, boxes of every image, best first, and crops (N, K, S, S, 3), black
+    where there is no box. weights: of the boxes in the prediction (N, K)."""
+
+    maps: np.ndarray
+    boxes: list[list[Box]]
+    weights: np.ndarray
+    crops: np.ndarray
+    frame: Frame
+
+
+@dataclass
+class Images:
+    """Images on their way through the networks."""
+
+    table: pd.DataFrame  # image_name, and metadata if given
+    paths: list[Path]
+    squares: np.ndarray  # uint8 (N, S, S, 3)
+    sizes: list[tuple[int, int]]  # of the originals, (width, height)
+    looks: dict[str, Look] = field(default_factory=dict)  # by what found them: members of a blend may share one
+    cells: dict[str, Bag] = field(default_factory=dict)  # by the scout that made them
+
+    def seen_by(self, scout: models.Scout | None) -> np.ndarray | Bag:
+        """What networks look at: the squares, or for a scout the cells of the originals, made once."""
+        if scout is None:
+            return self.squares
+        key = fingerprint_of(scout)
+        if key not in self.cells:
+            self.cells[key] = Bag.of([read_cells(scout, *pair) for pair in zip(self.paths, self.sizes, strict=True)])
+        return self.cells[key]
+
+
+@cache
+def fingerprint_of(scout: models.Scout) -> str:
+    """Scout.fingerprint, hashed once for all images."""
+    return scout.fingerprint()
+
+
+# ---------------------------------------------------------------- runs and blends
+class Single:
+    """A run of train.py: its networks by fold and the way their images are made."""
+
+    def __init__(self, run: Run, device: torch.device, tta: int | None, amp: str):
+        self.name, self.device, self.amp, self.tta = run.name, device, amp, tta or run.config["args"]["tta"]
+        self.networks, self.encoders, self.tasks = {}, {}, {}
+        for k in run.folds:
+            self.networks[k], content = models.load_checkpoint(run.checkpoint(k), device, fold=True)
+            self.tasks[k] = task_of(content["task"])
+            self.encoders[k], self.size = MetaEncoder(content["encoder"]), content["spec"]["image_size"]
+        self.inputs, self.crop = models.MODELS[run.config["args"]["model"]].inputs, run.config["crop"]
+        self.exact, self.frame = run.config["exact"], run.config["frame"]
+        network = next(iter(self.networks.values()))
+        self.scout = network if isinstance(network, models.Scout) else None
+        self.finder, self.key = None, str(run.path.resolve())
+        if self.crop is not None:
+            self.finder, self.key = Finder.load(run.path / FINDER, self.crop, device), str(self.crop["sha256"])
+        elif hasattr(network, "attention"):  # boxes as crop.py finds them by default
+            frame, rule = (network.scout_size, "peak") if self.scout else (self.frame, "component")
+            views = min(Finder.views, run.config["views"])
+            self.finder = Finder(self.networks, rule, views=views, frame=frame, scout=self.scout)
+            for network in self.networks.values():
+                network.shifts = 2
+
+    def look(self, images: Images) -> Look | None:
+        """Where this run looks, found once per set of images; None if it does not look anywhere in particular."""
+        if self.finder is not None and self.key not in images.looks:
+            amp = self.amp if self.crop is None else self.crop["amp"]
+            seen = images.seen_by(self.finder.scout)
+            maps = self.finder.maps(seen, self.device, images.sizes, amp=amp, batch_size=BATCH)
+            boxes = [self.finder.boxes(*pair) for pair in zip(maps, images.sizes, strict=True)]
+            crops = np.zeros((len(boxes), self.finder.n_boxes, self.size, self.size, 3), np.uint8)
+            with ThreadPoolExecutor(util.CPUS) as pool:
+                corners = [[box.corners for box in each] for each in boxes]
+                found = pool.map(read_crops, images.paths, corners, [[self.size] * len(b) for b in boxes], images.sizes)
+                for row, each in enumerate(found):
+                    crops[row, : len(each)] = each
+            images.looks[self.key] = Look(maps, boxes, np.ones(crops.shape[:2]), crops, self.finder.frame)
+        return images.looks.get(self.key)
+
+    def predict(self, images: Images, found: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+        """Predictions (N, K) by fold; their mean goes into `found` under the run's name."""
+        seen, table = images.seen_by(self.scout), images.table
+        if self.crop is not None:
+            look = self.look(images)
+            table = table.assign(**{BOX_SIDE: [boxes[0].side for boxes in look.boxes] / np.min(images.sizes, axis=1)})
+            parts = [*([seen] if len(self.inputs) > 1 else []), *look.crops.swapaxes(0, 1)]
+            seen = np.concatenate(parts, axis=3)
+        probs, weights, pictures = {}, [], split(seen, BATCH)
+        for k, network in self.networks.items():
+            meta = torch.from_numpy(self.encoders[k].encode(table)).split(BATCH)
+            loader = list(zip(pictures, meta, strict=True))
+            probs[k] = models.predict(network, self.tasks[k], loader, self.device, self.tta, self.amp)
+            if self.finder and self.finder.n_boxes > 1:
+                weights.append(models.box_weights(network, loader, self.device, self.amp))
+        if weights:
+            look.weights = np.mean(weights, axis=0)
+        found[self.name] = np.mean(list(probs.values()), axis=0)
+        return probs
+
+    def meta_columns(self) -> set[str]:
+        """Metadata that it was trained with."""
+        return {name for encoder in self.encoders.values() for name in encoder.columns} - {BOX_SIDE}
+
+
+class Blended:
+    """A blend of runs or of further blends."""
+
+    def __init__(self, run: Run, device: torch.device, tta: int | None, amp: str):
+        self.name, self.task, self.blend = run.name, run.task, BLENDS[run.config["args"]["mode"]]
+        used = [(member, weight) for member, weight in run.members() if weight > 0]
+        self.weights = np.array([weight for _, weight in used])
+        self.members = [open_predictor(member, device, tta, amp) for member, _ in used]
+        columns = run.task.columns
+        self.history = [dict(tuple(member.table("oof.csv").groupby(FOLD)[columns])) for member, _ in used]
+        settings = {(member.size, member.exact, member.frame) for member in self.members}
+        if len(settings) > 1:
+            raise InputError(f"{run.path} blends networks for images of other sizes {sorted(settings)}; blend others")
+        self.size, self.exact, self.frame = settings.pop()
+        self.crop = next((member.crop for member in self.members if member.crop is not None), None)
+
+    def look(self, images: Images) -> Look | None:
+        """Where the first member that crops, or else the first ChipNet, looks."""
+        looks = (member.look(images) for member in sorted(self.members, key=lambda member: member.crop is None))
+        return next((look for look in looks if look is not None), None)
+
+    def predict(self, images: Images, found: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+        """Blended predictions (N, K) by fold; each member's mean goes into `found`."""
+        parts = [member.predict(images, found) for member in self.members]
+        blended = {}
+        for k in parts[0]:
+            histories = [history[k].to_numpy() for history in self.history]
+            pairs = zip(parts, histories, strict=True)
+            values = [self.blend.value(self.task, part[k], history) for part, history in pairs]
+            average, history = (average_of(np.stack(each, axis=1), self.weights) for each in (values, histories))
+            blended[k] = self.blend.score(self.task, average, history)
+        found[self.name] = np.mean(list(blended.values()), axis=0)
+        return blended
+
+    def meta_columns(self) -> set[str]:
+        """Metadata that its members were trained with."""
+        return set().union(*(member.meta_columns() for member in self.members))
+
+
+def open_predictor(run: Run, device: torch.device, tta: int | None, amp: str) -> Single | Blended:
+    """What predicts with a run or a blend."""
+    return (Blended if run.is_blend else Single)(run, device, tta, amp)
+
+
+# ---------------------------------------------------------------- images
+def list_images(inputs: list[Path]) -> dict[str, Path]:
+    """Images named or lying in the folders named, by their path in that folder, or file name, without suffix."""
+    found: dict[str, Path] = {}
+    for path in inputs:
+        new = {path: path.name}
+        if path.is_dir():
+            new = {image: image.relative_to(path).as_posix() for image in ImageIndex(path).paths()}
+            if not new:
+                raise InputError(f"{path} holds no {', '.join(SUFFIXES)}; pass another folder")
+        for image, name in new.items():
+            if found.setdefault(name_key(name), image) != image:
+                raise InputError(f"{found[name_key(name)]} and {image} share a name; predict them apart")
+    return found
+
+
+def read_meta(args: argparse.Namespace, names: list[str], needed: set[str]) -> pd.DataFrame:
+    """Metadata of the images in their order; says which columns or images it has none of."""
+    table = pd.DataFrame({ID: names})
+    if args.csv is not None:
+        meta = read_table(args.csv, (), args.image_col)
+        bare = pd.Series([name.rpartition("/")[2] for name in names])  # a csv may name files without their folders
+        alone = ~bare.duplicated(keep=False)
+        path_of = dict(zip(bare[alone], table[ID][alone], strict=True))
+        meta[ID] = meta[ID].map(name_key).map(lambda name: path_of.get(name, name))
+        found = table[ID].isin(meta[ID])
+        if not found.any():
+            raise InputError(f"{args.csv} names none of the images, such as {names[0]}; check --image_col")
+        if not found.all():
+            print(f"{args.csv} lacks {(~found).sum()} of {len(names)} images: their metadata counts as missing")
+        table = table.merge(meta, on=ID, how="left", validate="one_to_one")
+    if missing := sorted(needed - set(table)):
+        print(f"no {', '.join(missing)} given, which the networks were trained with: they count as missing (--csv)")
+    return table
+
+
+def read_chunks(paths: dict[str, Path], table: pd.DataFrame, predictor, on_error: str) -> Iterator[Images]:
+    """Read the images in chunks; a bad one is an error or, with "skip", left out."""
+    files, read = (
+        list(paths.values()),
+        partial(
+            read_square_or_skip, size=predictor.size, exact=predictor.exact, frame=predictor.frame, on_error=on_error
+        ),
+    )
+    for start in range(0, len(files), CHUNK):
+        with ThreadPoolExecutor(util.CPUS) as pool:
+            found = list(pool.map(read, files[start : start + CHUNK]))
+        good = [i for i, one in enumerate(found) if one is not None]
+        if good:
+            rows = [start + i for i in good]
+            squares, sizes = zip(*(found[i] for i in good), strict=True)
+            yield Images(table.iloc[rows], [files[row] for row in rows], np.stack(squares), list(sizes))
