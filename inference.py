@@ -22,7 +22,7 @@ from blends import BLENDS, average_of
 from localize import Box, Finder
 from plumbing.cells import Bag, read_cells, split
 from plumbing.data import MetaEncoder, read_table
-from plumbing.images import SUFFIXES, Frame, ImageIndex, name_key, read_crops, read_square_or_skip
+from plumbing.images import SUFFIXES, Frame, ImageIndex, frame_of, name_key, read_crops, read_square_or_skip
 from plumbing.runs import FINDER, Run
 from tasks import task_of
 from util import BOX_SIDE, FOLD, ID, InputError
@@ -74,11 +74,11 @@ def fingerprint_of(scout: models.Scout) -> str:
 class Single:
     """A run of train.py: its networks by fold and the way their images are made."""
 
-    def __init__(self, run: Run, device: torch.device, tta: int | None, amp: str):
+    def __init__(self, run: Run, device: torch.device, tta: int | None = None, amp: str = "off", fold: bool = True):
         self.name, self.device, self.amp, self.tta = run.name, device, amp, tta or run.config["args"]["tta"]
         self.networks, self.encoders, self.tasks = {}, {}, {}
         for k in run.folds:
-            self.networks[k], content = models.load_checkpoint(run.checkpoint(k), device, fold=True)
+            self.networks[k], content = models.load_checkpoint(run.checkpoint(k), device, fold=fold)
             self.tasks[k] = task_of(content["task"])
             self.encoders[k], self.size = MetaEncoder(content["encoder"]), content["spec"]["image_size"]
         self.inputs, self.crop = models.MODELS[run.config["args"]["model"]].inputs, run.config["crop"]
@@ -95,12 +95,14 @@ class Single:
             for network in self.networks.values():
                 network.shifts = 2
 
-    def look(self, images: Images) -> Look | None:
-        """Where this run looks, found once per set of images; None if it does not look anywhere in particular."""
+    def look(self, images: Images, folds: list[int] | None = None) -> Look | None:
+        """Where this run looks, found once per set of images, by the networks of some folds or of all; None if it does
+        not look anywhere in particular."""
         if self.finder is not None and self.key not in images.looks:
             amp = self.amp if self.crop is None else self.crop["amp"]
             seen = images.seen_by(self.finder.scout)
-            maps = self.finder.maps(seen, self.device, images.sizes, amp=amp, batch_size=BATCH)
+            known = [k for k in folds or () if k in self.finder.sources]
+            maps = self.finder.maps(seen, self.device, images.sizes, known, amp=amp, batch_size=BATCH)
             boxes = [self.finder.boxes(*pair) for pair in zip(maps, images.sizes, strict=True)]
             crops = np.zeros((len(boxes), self.finder.n_boxes, self.size, self.size, 3), np.uint8)
             with ThreadPoolExecutor(util.CPUS) as pool:
@@ -111,23 +113,40 @@ class Single:
             images.looks[self.key] = Look(maps, boxes, np.ones(crops.shape[:2]), crops, self.finder.frame)
         return images.looks.get(self.key)
 
-    def predict(self, images: Images, found: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
-        """Predictions (N, K) by fold; their mean goes into `found` under the run's name."""
+    def batches(self, images: Images, folds: list[int] | None = None) -> dict[int, list[tuple]]:
+        """What the networks of some folds, or of all, are fed with, by fold: (pictures, metadata) of BATCH images."""
         seen, table = images.seen_by(self.scout), images.table
         if self.crop is not None:
-            look = self.look(images)
+            look = self.look(images, folds)
             table = table.assign(**{BOX_SIDE: [boxes[0].side for boxes in look.boxes] / np.min(images.sizes, axis=1)})
             parts = [*([seen] if len(self.inputs) > 1 else []), *look.crops.swapaxes(0, 1)]
             seen = np.concatenate(parts, axis=3)
-        probs, weights, pictures = {}, [], split(seen, BATCH)
-        for k, network in self.networks.items():
-            meta = torch.from_numpy(self.encoders[k].encode(table)).split(BATCH)
-            loader = list(zip(pictures, meta, strict=True))
+        pictures = split(seen, BATCH)
+        meta = {k: torch.from_numpy(self.encoders[k].encode(table)).split(BATCH) for k in folds or self.networks}
+        return {k: list(zip(pictures, each, strict=True)) for k, each in meta.items()}
+
+    def check_sees_one(self) -> None:
+        """Raise InputError if the networks see several pictures of an image."""
+        if len(self.inputs) > 1 or (self.crop and self.finder.n_boxes > 1):
+            raise InputError(f"{self.name} looks at several pictures of an image; pass a run that looks at one")
+
+    def views(self, images: Images) -> list[tuple]:
+        """The square of every original (x0, y0, x1, y1) that networks for one picture see."""
+        if self.crop is None:
+            frame = self.frame if self.scout is None else self.scout.scout_size
+            return [frame_of(*size, frame) for size in images.sizes]
+        return [boxes[0].corners for boxes in self.look(images).boxes]
+
+    def predict(self, images: Images, found: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+        """Predictions (N, K) by fold; their mean goes into `found` under the run's name."""
+        probs, weights = {}, []
+        for k, loader in self.batches(images).items():
+            network = self.networks[k]
             probs[k] = models.predict(network, self.tasks[k], loader, self.device, self.tta, self.amp)
             if self.finder and self.finder.n_boxes > 1:
                 weights.append(models.box_weights(network, loader, self.device, self.amp))
         if weights:
-            look.weights = np.mean(weights, axis=0)
+            self.look(images).weights = np.mean(weights, axis=0)
         found[self.name] = np.mean(list(probs.values()), axis=0)
         return probs
 

@@ -49,6 +49,7 @@ MIN_SIDE = 0.2  # of the square; smaller crops only magnify JPEG noise
 FULL_SIDE = 0.85  # of the square; larger crops gain nothing over the whole
 PEAK_CELLS = 4  # side of a box around a peak, in cells of the map
 FLAT = 0.985  # normalised entropy above which a map says nothing
+SPECK = 25 / (256 * 320)  # of the picture; smaller parts of a map of a class get no box (the original's 25 pixels)
 WHOLE = np.asarray  # the part of a raster that lies in the image: all of it
 
 # saliency
@@ -61,7 +62,8 @@ FIT_C = 1e-4  # inverse strength of its L2 penalty
 
 @dataclass(frozen=True)
 class Box:
-    """A square in pixels of the original, half-open; reason says why it is the full square."""
+    """A rectangle in pixels of the original, half-open, square where it is to be cropped; reason says why it is the
+    full square."""
 
     x0: float
     y0: float
@@ -402,6 +404,35 @@ def find_boxes(attention: np.ndarray, image_size: tuple[int, int], n_boxes: int 
             break
         left = cut_out(left, box, frame)
     return boxes or [find_box(attention, image_size, **how)]
+
+
+# ---------------------------------------------------------------- map of a class -> boxes
+def seen_part(view: tuple, image_size: tuple[int, int], cells: int) -> np.ndarray:
+    """Which cells of a map (cells, cells) of the square `view` (x0, y0, x1, y1) have their middle in the image."""
+    middles = (np.arange(cells) + 0.5) * (view[2] - view[0]) / cells
+    down, across = ((low + middles >= 0) & (low + middles < high)
+                    for low, high in ((view[1], image_size[1]), (view[0], image_size[0])))  # fmt: skip
+    return np.outer(down, across)
+
+
+def class_boxes(evidence: np.ndarray, view: tuple, image_size: tuple[int, int], t_roi: float) -> list[Box]:
+    """Rectangles around the connected parts of a map (h, w), signed, that lie above t_roi of its maximum, best first;
+    none if nothing in the image speaks for the class or all of it does alike. view: the square of the original that the
+    map covers. A box's confidence is its share of what speaks for the class, less its share of the picture's area."""
+    inside = seen_part(view, image_size, GRID)
+    small = np.maximum(evidence, 0) * seen_part(view, image_size, len(evidence))
+    raster = np.maximum(upsample(evidence), 0) * inside
+    if raster.max() <= 0 or small.max() <= 0 or entropy(small) > FLAT:
+        return []
+    scale, found = (view[2] - view[0]) / GRID, []
+    parts = cv2.connectedComponentsWithStats((raster > t_roi * raster.max()).astype(np.uint8), connectivity=8)[2]
+    for x, y, width, height, _ in parts[1:]:
+        if width * height > SPECK * inside.sum():
+            held = raster[y : y + height, x : x + width].sum() / raster.sum()
+            corners = np.array([x, y, x + width, y + height]) * scale + [view[0], view[1], view[0], view[1]]
+            corners = np.clip(corners, 0, [*image_size, *image_size]).tolist()
+            found.append(Box(*corners, confidence=max(float(held - width * height / inside.sum()), 0.0)))
+    return sorted(found, key=lambda box: -box.confidence)
 
 
 # ---------------------------------------------------------------- maps and boxes of a crop directory

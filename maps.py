@@ -200,6 +200,13 @@ def default_way(network: nn.Module) -> str:
     return "rollout" if attention_modules(network.backbone) else "cam"
 
 
+def check_way(way: str, network: nn.Module) -> str:
+    """The way; raises InputError if it is not for such a network."""
+    if (way == "attention") != hasattr(network, "take_in"):
+        raise InputError(f"maps by {way} are not for this network; pass {default_way(network)}")
+    return way
+
+
 # ---------------------------------------------------------------- layers
 def last_stage(network: nn.Module, image: torch.Tensor) -> str:
     """Name of the module of the backbone that ends its last stage. Raises InputError if it is no CNN."""
@@ -251,3 +258,27 @@ def as_map(backbone: nn.Module, output: torch.Tensor) -> torch.Tensor:
     if side == 0 or side**2 != shape[1] - prefix_of(backbone):
         raise InputError(f"the layer's output has shape {shape}, which is no map; pass another --layer")
     return output[:, prefix_of(backbone) :].transpose(1, 2).unflatten(2, (side, side))
+
+
+# ---------------------------------------------------------------- features where maps are
+def feature_layer(network: nn.Module, image) -> str:
+    """Name of the layer whose output is what a network knows of every place: of a CNN its last map, of a ViT the norm
+    after its last block, "" of a ChipNet or scout, whose chips or cells are their own map."""
+    if hasattr(network, "take_in"):
+        return ""
+    if not attention_modules(network.backbone):
+        return last_stage(network, image)
+    names = dict(network.backbone.named_modules())
+    return next(name for name in ("encoder.ln", "norm") if name in names)
+
+
+@torch.no_grad()
+def read_features(network: nn.Module, image, layers: list[str], forward: Callable | None = None) -> tuple:
+    """What forward() returns (by default the backbone's output), and by layer its features (N, C, h, w) in that pass;
+    those of a ChipNet or scout are the embeddings of its chips or cells, where they lie."""
+    forward = forward or (lambda: network.backbone(network.normalise(image)))
+    if hasattr(network, "take_in"):
+        each = network.take_in(image)[0].unbind(dim=2)
+        return forward(), {"": torch.stack([network.on_map(values, image) for values in each], dim=1)}
+    result, outputs = run_backbone(network, layers, forward)
+    return result, {name: as_map(network.backbone, outputs[name]).detach() for name in layers}

@@ -2,10 +2,12 @@
 
 Reads   --run (train.py or ensemble.py) and the image files or folders named (never written)
 Writes  --output/: predictions.csv (probability, one column per member of a blend, best box), predictions.json and
-        NAME.png per image: box, attention, crop; if there are several boxes also boxes.csv, with what each weighed
+        NAME.png per image: box, attention, crop; if there are several boxes also boxes.csv, with what each weighed.
+        With --maps instead maps.csv and a NAME.png with the map of every class seen, and boxes around its parts
 
     python predict.py --run runs/ensemble path/to/images
     python predict.py --run runs/chipnet one.jpg two.png --csv metadata.csv
+    python predict.py --run runs/resnet --maps --class melanoma --t_roi .3 one.jpg
 
 Images take the way the training images took: centre square, for cropnet and fusion the maps and box rule their crops
 were made with, and the metadata encoder of each network. A run holds all of that, so it can be moved.
@@ -17,19 +19,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 import util
 from calibration import calibrated
-from inference import Images, Look, list_images, open_predictor, read_chunks, read_meta
-from localize import upsample
+from inference import Images, Look, Single, list_images, open_predictor, read_chunks, read_meta
+from localize import class_boxes, upsample
+from maps import WAYS, check_way, default_way, every
 from plumbing.data import CORNERS
 from plumbing.distributed import pick_device
-from plumbing.figures import draw_row, new_figure, save_figure
+from plumbing.figures import draw_picture, draw_row, new_figure, save_figure
 from plumbing.files import finish_output, open_output, provenance, sha256, write_table
 from plumbing.images import configure_pillow, name_key, read_image
-from plumbing.runs import read_run
+from plumbing.runs import Run, read_run
 from util import ID, PROB, InputError
 
 THUMBNAIL = 448  # longest side, in pixels, of the picture an image is drawn from
@@ -52,20 +56,87 @@ def draw(path: Path, images: Images, row: int, look: Look | None, words: str) ->
     save_figure(path, figure)
 
 
+# ---------------------------------------------------------------- maps of classes
+def map_classes(single: Single, images: Images, way: str) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (N, K) and maps (N, K, h, w) of all classes, means over the networks of the folds."""
+    probs, maps = [], []
+    for k, loader in single.batches(images).items():
+        explainer = WAYS[way](single.networks[k])
+        with torch.no_grad():
+            found = [explainer.explain(pictures.to(single.device), every, meta) for pictures, meta in loader]
+        probs.append(np.concatenate([single.tasks[k].prob(logit.float().cpu().double()).numpy() for logit, _ in found]))
+        maps.append(np.concatenate([each.float().cpu().numpy() for _, each in found]))
+    return np.mean(probs, axis=0), np.mean(maps, axis=0)
+
+
+def draw_maps(path: Path, image: np.ndarray, name: str, size: tuple, view: tuple, found: list[tuple]) -> None:
+    """Save the picture of one image: for each of some (class, probability, map (h, w), boxes) where it was seen."""
+    figure = new_figure(figsize=(3.2 * (1 + len(found)), 3.4))
+    axes = np.atleast_1d(figure.subplots(1, 1 + len(found)))
+    draw_picture(axes[0], image, size)
+    axes[0].set_title(name if found else f"{name}: no class is so probable", fontsize=9)
+    for axis, (label, prob, heat, boxes) in zip(axes[1:], found, strict=True):
+        draw_picture(axis, image, size, boxes, upsample(np.maximum(heat, 0)), view)
+        for box in boxes:
+            axis.text(box.x0 * image.shape[1] / size[0], box.y0 * image.shape[0] / size[1], f"{box.confidence:.2f}",
+                      color="lime", fontsize=8, verticalalignment="bottom")  # fmt: skip
+        axis.set_title(f"{label} {prob:.3f}" + ("" if boxes else ": the map says nothing"), fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(path, figure)
+
+
+def show_maps(args: argparse.Namespace, run: Run, paths: dict[str, Path]) -> Path:
+    """Draw the maps of the classes seen in images and write their boxes; returns the directory of the results."""
+    if run.is_blend:
+        raise InputError(f"{args.run} is a blend: its members have maps of their own; pass one of them")
+    if args.class_name not in (None, *run.task.names):
+        raise InputError(f"--class {args.class_name} is no output of {run.name}; pass {', '.join(run.task.names)}")
+    single = Single(run, pick_device(args.device), fold=False)
+    single.check_sees_one()
+    network = next(iter(single.networks.values()))
+    way, task = check_way(args.way or default_way(network), network), run.task
+    table = read_meta(args, list(paths), single.meta_columns())
+    output, written, rows = open_output(args.output, "predictions.json", args.overwrite, {}), ["maps.csv"], []
+    with tqdm(total=len(paths), unit="image") as bar:
+        for images in read_chunks(paths, table, single, args.on_error):
+            probs, maps = map_classes(single, images, way)
+            for name, path, size, view, prob, heat in zip(images.table[ID], images.paths, images.sizes,
+                                                          single.views(images), probs, maps, strict=True):  # fmt: skip
+                seen = range(len(prob)) if not task.probabilistic else np.flatnonzero(prob >= args.t_class)
+                seen = seen if args.class_name is None else [task.names.index(args.class_name)]
+                found = [(task.names[c], prob[c], heat[c], class_boxes(heat[c], view, size, args.t_roi)) for c in seen]
+                rows += [(name, label, p, number, *box.corners, box.confidence)
+                         for label, p, _, boxes in found for number, box in enumerate(boxes)]  # fmt: skip
+                if args.pictures:
+                    image = read_image(path, THUMBNAIL)[0]
+                    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+                    draw_maps(output / f"{name}.png", np.asarray(image), name, size, view, found)
+                    written.append(f"{name}.png")
+            bar.update(len(images.paths))
+    columns = [ID, "class", "probability", "box", *CORNERS, "confidence"]
+    write_table(output / "maps.csv", pd.DataFrame(rows, columns=columns))
+    facts = {"run": args.run.resolve(), "way": way, "sha256": {name: sha256(output / name) for name in written}}
+    finish_output(output, "predictions.json", facts | provenance())
+    print(f"{len(paths)} images, {len(rows)} boxes; wrote {output}")
+    return output
+
+
 # ---------------------------------------------------------------- command
 def main(args: argparse.Namespace) -> Path:
     """Predict the images; returns the directory of the results."""
     configure_pillow()
     run = read_run(args.run)
-    predictor = open_predictor(run, pick_device(args.device), args.tta, args.amp)
     paths = dict(list(list_images(args.images).items())[: args.limit])
+    if args.output.resolve() in {path.resolve().parent for path in paths.values()}:
+        raise InputError(f"--output {args.output} holds the images; pass another folder")
+    if args.maps:
+        return show_maps(args, run, paths)
+    predictor = open_predictor(run, pick_device(args.device), args.tta, args.amp)
     seen = paths.keys() & set(run.table("oof.csv")[ID].map(name_key))
     if seen:
         print(f"{len(seen)} images have names of training images, which networks of this run have seen; "
               f"{args.run / 'oof.csv'} has their held-out predictions")  # fmt: skip
     table = read_meta(args, list(paths), predictor.meta_columns())
-    if args.output.resolve() in {path.resolve().parent for path in paths.values()}:
-        raise InputError(f"--output {args.output} holds the images; pass another folder")
     output, written = open_output(args.output, "predictions.json", args.overwrite, {}), ["predictions.csv"]
     tables, each_box = [], []
     with tqdm(total=len(paths), unit="image") as bar:
@@ -119,6 +190,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--csv", type=Path, help="metadata of the images [all missing]")
     add("--image_col", default=ID, help="column of image names in --csv")
     add("--tta", type=int, choices=(1, 2, 4, 8), help="views [as trained]")
+    add("--maps", action="store_true", help="draw where each class is seen instead")
+    add("--way", choices=tuple(WAYS), help="--maps: how they are made [cam; attention of a ChipNet; rollout of a ViT]")
+    add("--class", dest="class_name", help="--maps: this class alone, however probable")
+    add("--t_class", type=util.SHARE, default=0.5, help="--maps: probability from which a class is shown")
+    add("--t_roi", type=util.SHARE, default=0.3, help="--maps: share of a map's maximum above which there are boxes")
     add("--pictures", action=BooleanOptionalAction, default=True, help="draw a picture per image")
     return parser
 # fmt: on

@@ -72,23 +72,26 @@ def plot_curves(path: Path, log: pd.DataFrame, metric: str) -> None:
     save_figure(path, figure)
 
 
-def draw_row(axes, image: np.ndarray, size: tuple[int, int], boxes, attention, crop, frame: Frame = "square") -> None:
-    """Draw one image on three axes: with its boxes, its attention, and the crop. image: a picture (H, W, 3) of an
-    original of `size` (width, height); attention (h, w) covers what frame_of says; boxes (of localize.Box),
-    attention and crop may be None."""
+def draw_picture(axis, image: np.ndarray, size: tuple[int, int], boxes=(), attention=None, view=None) -> None:
+    """Draw a picture (H, W, 3) of an original of `size` (width, height), over it a map (h, w) of its part `view`
+    (x0, y0, x1, y1), and boxes (of localize.Box)."""
     height, width = image.shape[:2]
-    for axis in axes:
-        axis.set_axis_off()
-    axes[0].imshow(image)
-    axes[1].imshow(image)
-    for box in boxes or ():
-        x0, y0, x1, y1 = (edge * width / size[0] for edge in box.corners)
-        axes[0].plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="lime", linewidth=1.5, clip_on=False)
+    axis.set_axis_off()
+    axis.imshow(image)
     if attention is not None:
-        left, top, right, bottom = (edge * width / size[0] for edge in frame_of(*size, frame))
-        extent = (left, right, bottom, top)
-        axes[1].imshow(attention, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
-    for axis in axes[:2]:  # neither box nor map may widen the frame
-        axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        left, top, right, bottom = (edge * width / size[0] for edge in view)
+        axis.imshow(attention, cmap="inferno", alpha=0.6, extent=(left, right, bottom, top), interpolation="bilinear")
+    for box in boxes:
+        x0, y0, x1, y1 = (edge * width / size[0] for edge in box.corners)
+        axis.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="lime", linewidth=1.5, clip_on=False)
+    axis.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))  # neither box nor map may widen the frame
+
+
+def draw_row(axes, image: np.ndarray, size: tuple[int, int], boxes, attention, crop, frame: Frame = "square") -> None:
+    """Draw one image on three axes: with its boxes, its attention, and the crop; boxes, attention and crop may be None.
+    image and boxes as of draw_picture; attention (h, w) covers what frame_of says."""
+    draw_picture(axes[0], image, size, boxes or ())
+    draw_picture(axes[1], image, size, attention=attention, view=frame_of(*size, frame))
+    axes[2].set_axis_off()
     if crop is not None:
         axes[2].imshow(crop)

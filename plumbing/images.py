@@ -197,10 +197,10 @@ def read_square_or_skip(path: Path, size: int, exact: bool, frame: str, on_error
 
 
 def read_crops(path: Path, boxes: list[tuple], sizes: list[int], original_size: tuple[int, int]) -> list[np.ndarray]:
-    """Square boxes (x0, y0, x1, y1) of a file, each resized: uint8 (size, size, 3) per box. The file is decoded once, a
-    JPEG at a scale that keeps twice the pixels needed. Raises InputError if it is not of the (width, height) for which
-    the boxes were found."""
-    needed = max(size / (x1 - x0) for (x0, _, x1, _), size in zip(boxes, sizes, strict=True))
+    """Boxes (x0, y0, x1, y1) of a file, each resized to a square: uint8 (size, size, 3) per box. The file is decoded
+    once, a JPEG at a scale that keeps twice the pixels needed. Raises InputError if it is not of the (width, height)
+    for which the boxes were found."""
+    needed = max(size / min(x1 - x0, y1 - y0) for (x0, y0, x1, y1), size in zip(boxes, sizes, strict=True))
     image, found_size = read_image(path, int(2 * needed * min(original_size)))
     if found_size != tuple(original_size):
         found, known = ("{} x {}".format(*size) for size in (found_size, original_size))

@@ -25,8 +25,11 @@ COMMANDS = {
     "ensemble": "mean --runs_dir runs --data_dir data --name blend --runs resnet chipnet",
     "predict": "source/images/0024.jpg --run runs/cropnet --output out --device cpu --tta 1 --no-pictures",
     "audit": "--data_dir data --device cpu runs/resnet",
+    "features": "--run runs/resnet --data_dir data --output_dir out --device cpu",
 }
-BEGUN = {"preprocess": ["*.part"], "crop": ["*.part", "fold?_network.pt"], "predict": ["*.part"]}  # what may be left
+# what may be left
+BEGUN = {"preprocess": ["*.part"], "crop": ["*.part", "fold?_network.pt"], "predict": ["*.part"],
+         "features": ["*.part"]}  # fmt: skip
 
 
 @pytest.fixture
@@ -195,7 +198,11 @@ WORDS = {
     "crop": ["--num_devs nan", "--run runs/resnet", "--run runs/cropnet", "--run runs/mean", BOXED, "--source boxes",
              "--source rollout --class x", "--layer x", "--source attention*saliency --output_dir data/crops"],
     "ensemble": ["--weights resnet=nan", "--runs mean mean", "--name mean", "--overwrite --name cropnet"],
-    "predict": ["--output source/images", "--csv mine.csv", "--run runs/none"], "audit": ["runs/none"],
+    "predict": ["--output source/images", "--csv mine.csv", "--run runs/none", "--maps --class blue",
+                "--maps --run runs/mean"],
+    "audit": ["runs/none"],
+    "features": ["--run runs/mean", "--layer trunk", "--way rollout", "--layer size", "--way attention",
+                 "--run runs/chipnet --layer x", "--t_class 1", "mine.csv"],
 }  # fmt: skip
 
 

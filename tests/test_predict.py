@@ -21,6 +21,26 @@ from tasks import Binary
 from util import InputError
 
 BINARY = Binary(("1",), "auc")
+
+
+def test_maps_are_drawn_with_boxes_of_the_class(runs_dir, source, tmp_path):
+    image = source / "images" / "0024.jpg"
+    words = ["--device", "cpu", "--maps", "--t_class", 0, "--t_roi", 0.5, image]
+    for run in ("resnet", "chipnet", "cropnet"):
+        folder = call("predict", "--run", runs_dir / run, "--output", tmp_path / run, *words)
+        rows = read(folder / "maps.csv")
+        probability = read(runs_dir / run / "test_predictions.csv").groupby("image_name")["prob"].mean()["0024"]
+        assert (rows["class"] == 1).all()
+        assert rows["probability"].to_numpy() == pytest.approx(probability, abs=0.1)  # of one view
+        width, height = Image.open(image).size
+        assert rows["x1"].between(1, width).all()
+        assert rows["y1"].between(1, height).all()
+        assert rows["confidence"].is_monotonic_decreasing
+        assert Image.open(folder / "0024.png").size[0] > 500
+    named = call("predict", "--run", runs_dir / "resnet", "--output", tmp_path / "named", *words, "--class", 1,
+                 "--t_class", 1, "--way", "gradcam")  # fmt: skip
+    rows, same = read(named / "maps.csv"), read(tmp_path / "resnet" / "maps.csv")
+    assert np.allclose(rows.drop(columns=["image_name"]), same.drop(columns=["image_name"]), rtol=1e-3)
 CPU = torch.device("cpu")
 
 
