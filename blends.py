@@ -1,9 +1,10 @@
 """How predictions of several runs become one: the rules of ensemble.py, which predict.py follows for new images.
 
-A blend is a row of BLENDS: what is averaged, how the average becomes a prediction, and whether weights are learned.
+A blend is a row of BLENDS: what is mixed, how the mixture becomes a prediction, and whether the mixing is learned.
 
 References:
     Caruana et al., Ensemble Selection from Libraries of Models, ICML 2004: forward selection with replacement.
+    Wolpert, Stacked Generalization, Neural Networks 1992: a model on held-out predictions.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,55 @@ from scores import rank_columns
 from tasks import Task, main_score, prob_of
 
 SELECTION_STEPS = 25
+# shallow and slow: held-out predictions are few and noisy. Chosen before it was tried on any data
+BOOSTING = {"learning_rate": 0.05, "max_iter": 100, "max_leaf_nodes": 8, "min_samples_leaf": 20,
+            "l2_regularization": 1.0, "max_features": 0.5, "early_stopping": False, "random_state": 0}  # fmt: skip
 
 
 def average_of(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted average (N, K) of values (N, M, K)."""
     return np.einsum("nmk,m->nk", values, weights)
+
+
+class Weighted:
+    """The weighted average of values (n, M, K); weights (M,)."""
+
+    def __init__(self, weights: np.ndarray):
+        self.weights = weights
+
+    def __call__(self, values: np.ndarray, extra: np.ndarray | None = None) -> np.ndarray:
+        """Mixture (n, K) of values; what else is known of the rows does not count."""
+        return average_of(values, self.weights)
+
+
+class Boosted:
+    """Gradient boosting on values (n, M, K) and on what else is known of the rows (n, E), NaN where it is not. A model
+    per label; of classes one."""
+
+    def __init__(self, task: Task, values: np.ndarray, extra: np.ndarray, target: np.ndarray):
+        from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+        self.task, self.weights, self.models = task, np.full(values.shape[1], 1 / values.shape[1]), []
+        inputs = np.concatenate([values.reshape(len(values), -1), extra], axis=1)
+        self.known = ~np.isnan(inputs).all(axis=0)  # scikit-learn cannot bin what is known of no row
+        kind = HistGradientBoostingClassifier if task.probabilistic else HistGradientBoostingRegressor
+        for column in target.T:
+            known = ~np.isnan(column)
+            self.models.append(kind(**BOOSTING).fit(inputs[known][:, self.known], column[known]))
+
+    def __call__(self, values: np.ndarray, extra: np.ndarray) -> np.ndarray:
+        """Mixture (n, K)."""
+        inputs = np.concatenate([values.reshape(len(values), -1), extra], axis=1)[:, self.known]
+        if not self.task.probabilistic:
+            return np.column_stack([model.predict(inputs) for model in self.models])
+        prob = np.zeros((len(inputs), values.shape[2]))
+        if self.task.sums_to_1:  # classes that a part lacks have no column
+            prob[:, self.models[0].classes_.astype(int)] = self.models[0].predict_proba(inputs)
+            return prob
+        for column, model in enumerate(self.models):
+            ones = np.flatnonzero(model.classes_ == 1)
+            prob[:, column] = model.predict_proba(inputs)[:, ones[0]] if len(ones) else 0.0
+        return prob
 
 
 def learn_weights(task: Task, values: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -61,7 +106,9 @@ class Blend:
     value: Callable = lambda task, prob, history: prob  # what is averaged (n, K)
     score: Callable = lambda task, average, history: average  # the average as a prediction (n, K)
     ranks: bool = False  # the values are ranks, if order is all that a task needs
-    learn: Callable | None = None  # (task, values (N, M, K), target (N, T)) -> weights (M,); None: equal or given ones
+    # (task, values (N, M, K), extra (N, E), target (N, T)) -> mixer of values and extra; None: equal or given weights
+    learn: Callable | None = None
+    stacks: bool = False  # metadata and localized features count too
 
 
 BLENDS = {
@@ -71,7 +118,10 @@ BLENDS = {
     "weights": Blend(
         lambda task, prob, history: rank_of(task, prob, history) if by_order(task) else prob,
         ranks=True,
-        learn=learn_weights,
+        learn=lambda task, values, extra, target: Weighted(learn_weights(task, values, target)),
+    ),
+    "stack": Blend(
+        lambda task, prob, history: rank_of(task, prob, history) if by_order(task) else prob, learn=Boosted, stacks=True
     ),
 }
 

@@ -8,7 +8,7 @@ for images in read_chunks(list_images([folder]), table, predictor, "fail"):
 import argparse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,12 +18,14 @@ import torch
 
 import models
 import util
-from blends import BLENDS, average_of
+from blends import BLENDS, Weighted, average_of
 from localize import Box, Finder
+from places import Extractor, widen
 from plumbing.cells import Bag, read_cells, split
 from plumbing.data import MetaEncoder, read_table
+from plumbing.files import check_hashes
 from plumbing.images import SUFFIXES, Frame, ImageIndex, frame_of, name_key, read_crops, read_square_or_skip
-from plumbing.runs import FINDER, Run
+from plumbing.runs import FINDER, STACK, Run
 from tasks import task_of
 from util import BOX_SIDE, FOLD, ID, InputError
 
@@ -161,7 +163,15 @@ class Blended:
     def __init__(self, run: Run, device: torch.device, tta: int | None, amp: str):
         self.name, self.task, self.blend = run.name, run.task, BLENDS[run.config["args"]["mode"]]
         used = [(member, weight) for member, weight in run.members() if weight > 0]
-        self.weights = np.array([weight for _, weight in used])
+        self.mix, self.stack = Weighted(np.array([weight for _, weight in used])), run.config.get("stack")
+        self.encoder, self.extractor = MetaEncoder((self.stack or {}).get("encoder", {})), None
+        if self.stack is not None:
+            check_hashes(run.path, {STACK: self.stack["sha256"]}, "blend again")
+            with np.load(run.path / STACK, allow_pickle=False) as file:
+                self.mix = self.blend.learn(run.task, file["values"], file["extra"], file["target"])
+            if (facts := self.stack["features"]) is not None:
+                single = Single(used[facts["member"]][0], device, fold=False)
+                self.extractor = Extractor(single, argparse.Namespace(**facts))
         self.members = [open_predictor(member, device, tta, amp) for member, _ in used]
         columns = run.task.columns
         self.history = [dict(tuple(member.table("oof.csv").groupby(FOLD)[columns])) for member, _ in used]
@@ -184,14 +194,25 @@ class Blended:
             histories = [history[k].to_numpy() for history in self.history]
             pairs = zip(parts, histories, strict=True)
             values = [self.blend.value(self.task, part[k], history) for part, history in pairs]
-            average, history = (average_of(np.stack(each, axis=1), self.weights) for each in (values, histories))
-            blended[k] = self.blend.score(self.task, average, history)
+            mixture = self.mix(np.stack(values, axis=1), self.extra(images, k))
+            history = average_of(np.stack(histories, axis=1), self.mix.weights)
+            blended[k] = self.blend.score(self.task, mixture, history)
         found[self.name] = np.mean(list(blended.values()), axis=0)
         return blended
 
+    def extra(self, images: Images, k: int) -> np.ndarray:
+        """What a stack knows of images besides predictions (n, E)."""
+        extra = self.encoder.encode(images.table)
+        if self.extractor is None:
+            return extra
+        fresh = replace(images, looks={})  # where the networks of one fold look
+        keys = images.table[[ID]].assign(**{FOLD: k})
+        found = widen(*self.extractor.extract(fresh, k), keys, self.task.names, self.stack["features"]["width"])
+        return np.concatenate([extra, found], axis=1)
+
     def meta_columns(self) -> set[str]:
-        """Metadata that its members were trained with."""
-        return set().union(*(member.meta_columns() for member in self.members))
+        """Metadata that it and its members were trained with."""
+        return set(self.encoder.columns).union(*(member.meta_columns() for member in self.members))
 
 
 def open_predictor(run: Run, device: torch.device, tta: int | None, amp: str) -> Single | Blended:

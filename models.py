@@ -322,7 +322,7 @@ class Scout(Network):
         self.kept, self.shape = (np.uint8, (3, spec.tile, spec.tile)) if spec.finetune else (np.float16, self.channels)
         self.trunk = nn.Sequential(
             # channels of feature maps differ a hundredfold: unless they are standardised, nothing is learned
-            nn.Identity() if spec.tile else nn.BatchNorm1d(self.channels, affine=False),
+            nn.Identity() if spec.finetune else nn.BatchNorm1d(self.channels, affine=False),
             nn.Linear(self.channels, spec.hidden), nn.LayerNorm(spec.hidden), nn.GELU(), nn.Dropout(spec.dropout),
         )  # fmt: skip
         self.scorer = GatedAttention(spec.hidden, spec.hidden, spec.heads)

@@ -18,6 +18,7 @@ from plumbing.images import name_key
 from tasks import Task, score_folds, task_of
 from util import FOLD, ID, InputError
 
+STACK = "stack.npz"  # in a stack: what it learns from
 FINDER = "finder"  # folder in a run on crops: all that finds the boxes of new images
 # arguments that may differ between two calls that train folds of one run; inputs are compared by their hashes
 FREE_ARGUMENTS = {"fold", "device", "workers", "resume", "overwrite", "max_hours", "data_dir",

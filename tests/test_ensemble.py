@@ -11,7 +11,7 @@ import ensemble
 from blends import BLENDS, learn_weights
 from plumbing.files import read_json
 from scores import auc, rank_among, rank_in_fold
-from tasks import Binary
+from tasks import Binary, MultiClass, MultiLabel, Regression
 from util import InputError
 
 BINARY = Binary(("1",), "auc")
@@ -59,12 +59,13 @@ def test_cross_fitting_shows_no_gain_where_there_is_none_and_no_row_teaches_its_
     assert (weights.sum(), min(weights[:2]) > 0.3 > weights[2]) == (pytest.approx(1), True)
     rng, fold, learned = np.random.default_rng(0), np.arange(120) % 3, BLENDS["weights"]
     target, values = rng.integers(0, 2, (120, 1)), rng.uniform(size=(120, 20, 1))
-    outside = ensemble.cross_fit(learned, BINARY, values, target, fold)
-    inside = ensemble.average_of(values, learn_weights(BINARY, values, target))
+    extra = np.empty((120, 0))
+    outside = ensemble.cross_fit(learned, BINARY, values, extra, target, fold)
+    inside = blends.average_of(values, learn_weights(BINARY, values, target))
     assert auc(target[:, 0], inside[:, 0]) > 0.62  # in-sample, noise looks good
     assert auc(target[:, 0], rank_in_fold(outside, fold)[:, 0]) < 0.58
     other = np.where(fold[:, None] == 0, 1 - target, target)  # labels of part 0
-    changed = ensemble.cross_fit(learned, BINARY, values, other, fold)
+    changed = ensemble.cross_fit(learned, BINARY, values, extra, other, fold)
     assert [(outside == changed)[fold == k].all() for k in range(3)] == [True, False, False]
 
 
@@ -113,3 +114,58 @@ def test_a_blend_made_anew_leaves_nothing_of_the_old_one(runs):
     assert set(read_json(out / "metrics.json")["sha256"]) == {OOF}
     with pytest.raises(InputError, match="cropnet"):  # chipnet alone has test predictions
         blend(runs, "mean", "--runs", "cropnet", "chipnet", name="c")
+
+
+@pytest.mark.parametrize("with_features", [False, True])
+def test_a_stack_is_boosted_on_the_rows_of_other_folds_and_predicts_new_images(runs, source, tmp_path, with_features):
+    words = ["--runs", "resnet", "chipnet", "--meta_cols", "sex"]
+    if with_features:
+        call("features", "--run", runs / "chipnet", "--output_dir", tmp_path / "f", "--t_class", 0, "--device", "cpu")
+        words += ["--features", tmp_path / "f"]
+    out = blend(runs, "stack", *words)
+    with np.load(out / "stack.npz") as file:
+        values, extra, target = (file[key] for key in ("values", "extra", "target"))
+    oof, fold = read(out / OOF), read(out / OOF)["fold"].to_numpy()
+    assert extra.shape == (24, 4 + 128 * with_features)  # of sex two words, unknown, missing
+    assert np.allclose(values[:, 0, 0], rank_in_fold(read(runs / "resnet" / OOF)[["prob"]].to_numpy(), fold)[:, 0])
+    if with_features:
+        assert np.allclose(extra[:, 4:], np.load(tmp_path / "f" / "train.npy"))
+    for k in (0, 1):
+        model = blends.Boosted(BINARY, values[fold != k], extra[fold != k], target[fold != k])
+        assert np.allclose(oof["prob"][fold == k], model(values[fold == k], extra[fold == k])[:, 0])
+    assert read_json(out / "metrics.json")["learned"]["gain_interval"] is not None
+    shutil.rmtree(tmp_path / "f", ignore_errors=True)  # the run holds all that it needs
+    images = ["--csv", source / "test.csv", "--no-pictures", "--device", "cpu", source / "images"]
+    found = read(call("predict", "--run", out, "--output", tmp_path / "out", *images) / "predictions.csv")
+    expected = read(out / TEST).groupby("image_name")["prob"].mean()
+    found = found.set_index("image_name")["prob"][expected.index]
+    assert np.allclose(found, expected, atol=1e-3)
+
+
+def test_a_stack_boosts_every_kind_of_target():
+    rng = np.random.default_rng(0)
+    signal, extra = rng.normal(size=(200, 1)), np.full((200, 1), np.nan)
+    classes = MultiClass(("a", "b", "c"), "auc")
+    target = np.digitize(signal, [-0.5, 0.5]).astype(float)
+    prob = rng.uniform(size=(200, 2, 3))
+    prob[:, 0, 0] = signal[:, 0]
+    found = blends.Boosted(classes, prob, extra, target)(prob, extra)
+    assert (found.argmax(axis=1) == target[:, 0]).mean() > 0.95
+    assert np.allclose(found.sum(axis=1), 1)
+    labels = np.concatenate([signal > 0, signal < 0.5, np.ones((200, 1))], axis=1).astype(float)  # the last is constant
+    labels[:50, 0] = np.nan
+    found = blends.Boosted(MultiLabel(("a", "b", "c"), "auc"), prob, extra, labels)(prob, extra)
+    assert ((found[50:] > 0.5) == labels[50:]).all(axis=1).mean() > 0.95
+    quantity = Regression(("q",), "mae")
+    found = blends.Boosted(quantity, prob[:, :, :1], extra, signal)(prob[:, :, :1], extra)
+    assert np.abs(found - signal).mean() < 0.2
+
+
+def test_a_stack_takes_features_of_its_own_runs_alone(runs, tmp_path):
+    call("features", "--run", runs / "chipnet", "--output_dir", tmp_path / "f", "--t_class", 0, "--device", "cpu")
+    for words, says in ((["--runs", "resnet", "cropnet"], "features.py"), (["--weights", "resnet=1"], "--weights")):
+        with pytest.raises(InputError, match=says):
+            blend(runs, "stack", "--features", tmp_path / "f", *words)
+    with pytest.raises(InputError, match="--features"):
+        blend(runs, "mean", "--features", tmp_path / "f")
+    assert not (runs / "b").exists()

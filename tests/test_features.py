@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 import features
+import places
 from inference import Single
 from localize import class_boxes
 from maps import Cam, every
@@ -112,11 +113,11 @@ def test_small_boxes_are_read_from_fine_maps(runs_dir, data_dir, tmp_path):
 def test_nothing_that_speaks_for_a_class_gives_the_mean_of_the_picture():
     inside = torch.ones(2, 2)
     inside[1] = 0
-    weight = features.heat_weights(torch.tensor([[[-1.0, -2], [5, 0]], [[1.0, 3], [9, 9]]]), inside, None)
+    weight = places.heat_weights(torch.tensor([[[-1.0, -2], [5, 0]], [[1.0, 3], [9, 9]]]), inside, None)
     maps = torch.tensor([[[1.0, 3], [100, 100]]])
-    assert features.pool_cells(maps, weight).tolist() == [[2.0], [2.5]]
-    cut = features.heat_weights(torch.tensor([[[1.0, 3], [9, 9]]]), inside, 0.5)
-    assert features.pool_cells(maps, cut).tolist() == [[3.0]]
+    assert places.pool_cells(maps, weight).tolist() == [[2.0], [2.5]]
+    cut = places.heat_weights(torch.tensor([[[1.0, 3], [9, 9]]]), inside, 0.5)
+    assert places.pool_cells(maps, cut).tolist() == [[3.0]]
 
 
 @pytest.mark.parametrize("run", ["resnet", "chipnet", "cropnet"])

@@ -11,8 +11,8 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-BUDGET, README_BYTES = 6900, 12_000  # lines of all modules, length of the README
-SCRIPTS = {"preprocess", "train", "crop", "ensemble", "predict", "audit"}
+BUDGET, README_BYTES = 7500, 12_000  # lines of all modules, length of the README
+SCRIPTS = {"preprocess", "train", "crop", "ensemble", "predict", "audit", "features"}
 # what a module may import of ours; a script all but scripts
 ALLOWED = {"util": (), "fsg": (), "losses": (), "scores": (), "tasks": ("util", "scores", "losses"),
            "blends": ("scores", "tasks"),
@@ -20,7 +20,8 @@ ALLOWED = {"util": (), "fsg": (), "losses": (), "scores": (), "tasks": ("util", 
            "plumbing": ("util", "scores", "tasks", "calibration", "fsg", "plumbing"),
            "models": ("util", "tasks", "fsg", "plumbing"),
            "maps": ("util", "fsg", "plumbing", "models"),
-           "inference": ("util", "tasks", "plumbing", "models", "localize", "blends"),
+           "places": ("util", "plumbing", "localize", "maps"),
+           "inference": ("util", "tasks", "plumbing", "models", "localize", "places", "blends"),
            "dataset": ("util", "tasks", "plumbing"),
            "localize": ("util", "tasks", "plumbing", "models", "maps")}  # fmt: skip
 PATHS = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path
