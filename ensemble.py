@@ -1,8 +1,8 @@
 """Blend finished runs; the blend is a run itself.
 
 Reads   oof.csv and test_predictions.csv of the runs named, or of all finished runs
-Writes  runs/NAME/: config.json, oof.csv, test_predictions.csv, submission.csv, metrics.json, roc.png; of a stack also
-        stack.npz, which it learns from
+Writes  runs/NAME/: config.json, oof.csv, test_predictions.csv, submission.csv, metrics.json; of a stack also stack.npz,
+        which it learns from
 
     python ensemble.py weights
     python ensemble.py mean --runs resnet cropnet --weights resnet=.5 cropnet=.5

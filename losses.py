@@ -43,8 +43,12 @@ OF_CLASSES = {"focal": focal_loss_of_classes, "ce": partial(focal_loss_of_classe
 OF_QUANTITIES = {"smooth_l1": weighted(F.smooth_l1_loss), "l1": weighted(F.l1_loss), "mse": weighted(F.mse_loss)}
 
 
-def loss_of(task, name: str, logit: torch.Tensor, goal: torch.Tensor, weight=1.0) -> torch.Tensor:
-    """Loss (N,) of logit (N, K) for goal (N, K): the mean over the outputs whose goal is known, 0 if none is."""
+def loss_of(task, name: str, logit: torch.Tensor | list, goal: torch.Tensor, weight=1.0) -> torch.Tensor:
+    """Loss (N,) of logit (N, K) for goal (N, K): the mean over the outputs whose goal is known, 0 if none is. Of
+    several logits, as a scout with witnesses has, their mean."""
+    if isinstance(logit, list):
+        return torch.stack([loss_of(task, name, one, goal, weight) for one in logit]).mean(dim=0)
+    logit = logit if logit.dtype == torch.float64 else logit.float()
     each = task.losses()[name](logit, goal.nan_to_num(), weight)
     known = ~goal.isnan()[:, : each.shape[1]]
     return each.where(known, 0).sum(dim=1) / known.sum(dim=1).clamp_min(1)

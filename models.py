@@ -408,8 +408,14 @@ class Scout(Network):
         if self.slope is not None:
             score = score + self.slope(place.nan_to_num() * (self.grid * FINENESS)).float()
         if self.witness is not None:
-            score = score + self.trust * self.witness(embedding).detach().amax(dim=2, keepdim=True).float()
+            score = score + self.trust * self.say(embedding).detach().amax(dim=2, keepdim=True)
         return score.masked_fill(place[..., :1].isnan(), NOTHING).transpose(1, 2)
+
+    def say(self, embedding: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, B, D) -> what every cell says alone of the outputs (N, B, K). In float32, since the most of
+        hundreds of bfloat16 values is several of them."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            return self.witness(embedding.float())
 
     def find_best(self, score: torch.Tensor) -> torch.Tensor:
         """Scores (N, H, B) -> the spec.top_m cells with most attention of all heads (N, M)."""
@@ -433,16 +439,15 @@ class Scout(Network):
         """What every head has pooled (N, H, D) -> logit (N, K)."""
         return self.head(pooled.flatten(1))
 
-    def forward(self, bag: Bag, meta: torch.Tensor) -> torch.Tensor:
-        """Cells of N pictures -> logit (N, K). With spec.witness it is in training, for every other picture by a coin,
-        what the cell that speaks most for an output says alone: thus attention finds one cell in hundreds, of which the
+    def forward(self, bag: Bag, meta: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Cells of N pictures -> logit (N, K). With spec.witness there is in training a second one, to be learned too:
+        what the cell that speaks most for an output says alone. Thus attention finds one cell in hundreds, of which the
         mean tells nothing. Li, Li, Eliceiri 2021, two streams."""
         embedding, attention = self.take_in(bag)
         logit = self.answer(attention.to(embedding.dtype) @ embedding)
         if self.witness is None or not self.training:
             return logit
-        alone = self.witness(embedding).masked_fill(~bag.known.unsqueeze(2), NOTHING).amax(dim=1)
-        return torch.where(torch.rand(len(logit), 1, device=logit.device) < 0.5, alone, logit)
+        return [logit, self.say(embedding).masked_fill(~bag.known.unsqueeze(2), NOTHING).amax(dim=1)]
 
     def on_map(self, value: torch.Tensor, bag: Bag) -> torch.Tensor:
         """Values of cells (N, B) added up where the cells lie: (N, grid, grid)."""

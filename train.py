@@ -2,8 +2,8 @@
 
 Reads   --data_dir (preprocess.py), for cropnet and fusion also --crop_dir (crop.py)
 Writes  runs/NAME/: config.json, for each fold fold{k}_best.pt, fold{k}_last.pt and its tables, and from all folds
-        log.csv, oof.csv, test_predictions.csv, submission.csv, metrics.json, curves.png, roc.png; with gates also
-        gates.csv, prune.csv, fold{k}_gates.npy, fold{k}_gates.png
+        log.csv, oof.csv, test_predictions.csv, submission.csv, metrics.json, curves.png; with gates also gates.csv,
+        prune.csv, fold{k}_gates.npy
 
     python train.py --model resnet --fold 0
     python train.py --model resnet --fsg --name resnet_fsg
@@ -113,7 +113,7 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
                 with models.autocast(device, args.amp):
                     output = network(batch.image, batch.meta, **({"with_attention": True} if guided else {}))
                 logit, attention = output if guided else (output, None)
-                loss = loss_of(task, args.loss, logit.float(), batch.goal, weight)
+                loss = loss_of(task, args.loss, logit, batch.goal, weight)
                 if guided:
                     loss = loss + args.guide_weight * guide_loss(attention.float(), batch.guide)
                 if args.gate_l1:

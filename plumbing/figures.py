@@ -7,7 +7,7 @@ import pandas as pd
 
 from plumbing.files import atomic
 from plumbing.images import Frame, frame_of
-from scores import auc, known_labels
+from scores import auc, average_precision, known_labels
 from tasks import Task
 from util import FOLD
 
@@ -25,8 +25,8 @@ def save_figure(path: Path, figure) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def plot_predictions(run_dir: Path, task: Task, oof: pd.DataFrame) -> None:
-    """Held-out predictions: roc.png with a curve per fold, or per label or class; of a quantity scatter.png."""
+def draw_predictions(task: Task, oof: pd.DataFrame):
+    """Held-out predictions: a ROC curve per fold, or per label or class; of a quantity predicted against true."""
     figure = new_figure(figsize=(5, 5))
     axes = figure.subplots()
     target, prob = oof[task.targets].to_numpy(float), oof[task.columns].to_numpy(float)
@@ -47,8 +47,63 @@ def plot_predictions(run_dir: Path, task: Task, oof: pd.DataFrame) -> None:
         ends = 0, 1
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="Held-out folds")
     axes.plot(ends, ends, color="0.7", linewidth=1)
-    axes.legend(loc="lower right", fontsize=8)
-    save_figure(run_dir / ("roc.png" if task.probabilistic else "scatter.png"), figure)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def draw_precision(task: Task, target: np.ndarray, prob: np.ndarray):
+    """Precision by recall of every label or class, with their share of positives."""
+    from sklearn.metrics import precision_recall_curve
+
+    figure = new_figure(figsize=(5, 5))
+    axes = figure.subplots()
+    for i, (column, _, label, values) in enumerate(known_labels(target, prob)):
+        precision, recall, _ = precision_recall_curve(label, values)
+        words = f"{task.names[column]}: AP {average_precision(label, values):.3f}"
+        axes.plot(recall, precision, color=f"C{i}", label=words)
+        axes.axhline(label.mean(), color=f"C{i}", linewidth=1, linestyle=":")
+    axes.set(xlabel="sensitivity (recall)", ylabel="precision", ylim=(0, 1), title="Dotted: share of positives")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper right", fontsize=8)
+    return figure
+
+
+def draw_confusion(task: Task, target: np.ndarray, prob: np.ndarray):
+    """Shares of every true class (target (n,)) that are taken for each, with their counts."""
+    n, side = len(task.names), max(4, 0.6 * len(task.names) + 2)
+    counts = np.zeros((n, n), int)
+    np.add.at(counts, (target.astype(int), prob.argmax(axis=1)), 1)
+    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = new_figure(figsize=(side, side))
+    axes = figure.subplots()
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        axes.text(column, row, count, ha="center", va="center", color="white" if share[row, column] > 0.5 else "black")
+    axes.set(xticks=range(n), yticks=range(n), xlabel="taken for", ylabel="true")
+    axes.set_xticklabels(task.names, rotation=90)
+    axes.set_yticklabels(task.names)
+    return figure
+
+
+def draw_reliability(task: Task, target: np.ndarray, before: np.ndarray, after: np.ndarray, bins: int = 10):
+    """Share of positives by predicted probability (N, K), as predicted and calibrated, all labels or classes together;
+    the calibration has seen these rows."""
+    figure = new_figure(figsize=(5, 5))
+    axes = figure.subplots()
+    for name, prob in (("as predicted", before), ("calibrated", after)):
+        pairs = [pair for _, _, *pair in known_labels(target, prob)]
+        if not pairs:
+            continue
+        label, value = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        place = np.minimum((value * bins).astype(int), bins - 1)
+        used = [bin_ for bin_ in range(bins) if (place == bin_).any()]
+        axes.plot([value[place == bin_].mean() for bin_ in used], [label[place == bin_].mean() for bin_ in used],
+                  marker="o", label=name)  # fmt: skip
+    axes.plot((0, 1), (0, 1), color="0.7", linewidth=1)
+    axes.set(xlabel="predicted probability", ylabel="share of positives")
+    axes.legend(loc="upper left", fontsize=8)
+    return figure
 
 
 def draw_roc(axes, name: str, target: np.ndarray, prob: np.ndarray) -> None:
@@ -59,7 +114,7 @@ def draw_roc(axes, name: str, target: np.ndarray, prob: np.ndarray) -> None:
     axes.plot(fpr, tpr, label=f"{name}: AUC {auc(target, prob):.3f}")
 
 
-def plot_curves(path: Path, log: pd.DataFrame, metric: str) -> None:
+def draw_curves(log: pd.DataFrame, metric: str):
     """Training loss, held-out loss and held-out score of every fold over the epochs. The losses have axes of their own:
     the sampler, smoothing and penalties of training make them incomparable."""
     figure = new_figure(figsize=(12, 3.6))
@@ -69,7 +124,7 @@ def plot_curves(path: Path, log: pd.DataFrame, metric: str) -> None:
             axes.plot(rows["epoch"], rows[column], color=f"C{fold}", label=f"fold {fold}")
         axes.set(xlabel="epoch", ylabel=label)
         axes.legend()
-    save_figure(path, figure)
+    return figure
 
 
 def draw_picture(axis, image: np.ndarray, size: tuple[int, int], boxes=(), attention=None, view=None) -> None:
@@ -92,6 +147,7 @@ def draw_row(axes, image: np.ndarray, size: tuple[int, int], boxes, attention, c
     image and boxes as of draw_picture; attention (h, w) covers what frame_of says."""
     draw_picture(axes[0], image, size, boxes or ())
     draw_picture(axes[1], image, size, attention=attention, view=frame_of(*size, frame))
-    axes[2].set_axis_off()
+    for axis in axes[2:]:
+        axis.set_axis_off()
     if crop is not None:
         axes[2].imshow(crop)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fsg
-from plumbing.figures import new_figure, save_figure
+from plumbing.figures import new_figure
 from plumbing.files import atomic, write_table
 from util import FOLD
 
@@ -44,8 +44,8 @@ def prune_curve(predict: Callable, model: nn.Module, judge: Callable) -> list[tu
 def record_gates(
     run_dir: Path, fold: int, model: nn.Module, history: list[torch.Tensor], predict: Callable, judge: Callable
 ) -> None:
-    """Write a fold's gates: fold{k}_gates.npy (epochs, gates), their sparsity by branch and epoch, prune curve,
-    picture. history: flat_gates of every epoch; predict, judge: of held-out images, as in prune_curve."""
+    """Write a fold's gates: fold{k}_gates.npy (epochs, gates), their sparsity by branch and epoch, prune curve.
+    history: flat_gates of every epoch; predict, judge: of held-out images, as in prune_curve."""
     names = {name: len(gate) for name, gate in fsg.gate_values(model).items()}
     rows = []
     for epoch, gates in enumerate(history, 1):
@@ -59,11 +59,10 @@ def record_gates(
     curve = pd.DataFrame(prune_curve(predict, model, judge), columns=["ranking", "share", "score"])
     curve.insert(0, FOLD, fold)
     write_table(run_dir / f"fold{fold}_prune.csv", curve)
-    plot_gates(run_dir / f"fold{fold}_gates.png", model, curve)
 
 
-def plot_gates(path: Path, model: nn.Module, curve: pd.DataFrame) -> None:
-    """Gates relative to their start as layer x channel, and the prune curve."""
+def draw_gates(model: nn.Module, curve: pd.DataFrame):
+    """Picture of gates relative to their start as layer x channel, and the prune curve."""
     gates = list(fsg.gate_values(model, relative=True).values())
     grid = np.full((len(gates), max(len(gate) for gate in gates)), np.nan)
     for row, gate in zip(grid, gates, strict=True):
@@ -77,4 +76,4 @@ def plot_gates(path: Path, model: nn.Module, curve: pd.DataFrame) -> None:
         right.plot(rows["share"], rows["score"], marker="o", label=f"by {ranking}")
     right.set(xlabel="share of gates closed, lowest first", ylabel="score, held-out images", title="Prune curve")
     right.legend()
-    save_figure(path, figure)
+    return figure

@@ -12,7 +12,7 @@ import pandas as pd
 
 from calibration import calibrate, calibrated
 from plumbing.data import Data
-from plumbing.figures import plot_curves, plot_predictions
+from plumbing.figures import draw_curves, save_figure
 from plumbing.files import check_hashes, copy, read_csv, read_json, remove, sha256, write_json, write_table
 from plumbing.images import name_key
 from tasks import Task, score_folds, task_of
@@ -109,7 +109,6 @@ def write_run(run_dir: Path, oof: pd.DataFrame, test, data: Data, folds: list, r
     for name, table in tables.items():
         write_table(run_dir / name, table)
     metrics["sha256"] = {name: sha256(run_dir / name) for name in tables}
-    plot_predictions(run_dir, data.task, oof)
     write_json(run_dir / "metrics.json", metrics)
     return metrics
 
@@ -209,7 +208,7 @@ def collect(run_dir: Path, data: Data) -> dict:
         for name in ("log", "boxes", "gates", "prune"):
             if (table := gather(name)) is not None:
                 write_table(run_dir / f"{name}.csv", table)
-        plot_curves(run_dir / "curves.png", log, data.task.metric)
+        save_figure(run_dir / "curves.png", draw_curves(log, data.task.metric))
         facts = [read_json(run_dir / f"fold{k}_metrics.json") for k in folds]
         metrics = write_run(run_dir, oof, gather("test"), data, facts)
     return metrics

@@ -24,12 +24,12 @@ COMMANDS = {
     "crop": "--source attention --run runs/chipnet --data_dir data --output_dir out --device cpu --views 1",
     "ensemble": "mean --runs_dir runs --data_dir data --name blend --runs resnet chipnet",
     "predict": "source/images/0024.jpg --run runs/cropnet --output out --device cpu --tta 1 --no-pictures",
-    "audit": "--data_dir data --device cpu runs/resnet",
+    "report": "runs/resnet --data_dir data --device cpu",
     "features": "--run runs/resnet --data_dir data --output_dir out --device cpu",
 }
 # what may be left
 BEGUN = {"preprocess": ["*.part"], "crop": ["*.part", "fold?_network.pt"], "predict": ["*.part"],
-         "features": ["*.part"]}  # fmt: skip
+         "features": ["*.part"], "report": ["report.html"]}  # fmt: skip
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ FILES = {
         ("train", f"{CROPS}/train_64.npy", None, CROPNET), ("crop", CHIPNET, None), ("predict", BEST, None),
         ("crop", f"{CHIPNET}/fold1_best.pt", None), ("ensemble", f"{RESNET}/oof.csv", None), ("predict", FINDER, None),
         ("ensemble", f"{RESNET}/metrics.json", None, "", "resnet is not finished"),
-        ("predict", "source/images/0024.jpg", None, "", "--on_error skip"), ("audit", f"{RESNET}/config.json", None),
+        ("predict", "source/images/0024.jpg", None, "", "--on_error skip"), ("report", f"{RESNET}/config.json", None),
     ],
     "cut off": [
         ("preprocess", TRAIN, 300, "", "target of 0008 is 'nan'"), ("preprocess", IMAGE, 900), ("train", FACTS, 100),
@@ -147,7 +147,7 @@ FILES = {
         ("train", "mine.pt", {"format": 1, "spec": {}}, WEIGHTS, "format 1"),
         ("ensemble", f"{RESNET}/metrics.json", change("sha256"), "", "'sha256'"),
         ("predict", "runs/cropnet/config.json", change("crop"), "", "'crop'"),
-        ("audit", f"{RESNET}/config.json", change("format")),
+        ("report", f"{RESNET}/config.json", change("format")),
     ],
     "one class or patient": [
         ("preprocess", TRAIN, lambda t: t.assign(target=1), "", "target is the same"),
@@ -183,7 +183,7 @@ FILES = {
     ],
     "changed since": [
         ("train", "data/train.csv", cell("sex", "other")), ("train", "data/test.csv", lambda t: t[::-1]),
-        ("ensemble", f"{RESNET}/oof.csv", cell("prob", "0.7")), ("audit", f"{RESNET}/oof.csv", cell("prob", "0.7")),
+        ("ensemble", f"{RESNET}/oof.csv", cell("prob", "0.7")), ("report", f"{RESNET}/oof.csv", cell("prob", "0.7")),
         ("predict", BEST, Path(f"{RESNET}/fold0_best.pt")), ("predict", f"{FINDER}/fold0_network.pt", Path(BEST)),
         ("crop", f"{CHIPNET}/fold0_best.pt", Path(f"{CHIPNET}/fold1_best.pt")),
     ],
@@ -200,7 +200,7 @@ WORDS = {
     "ensemble": ["--weights resnet=nan", "--runs mean mean", "--name mean", "--overwrite --name cropnet"],
     "predict": ["--output source/images", "--csv mine.csv", "--run runs/none", "--maps --class blue",
                 "--maps --run runs/mean"],
-    "audit": ["runs/none"],
+    "report": ["--data_dir mine"],
     "features": ["--run runs/mean", "--layer trunk", "--way rollout", "--layer size", "--way attention",
                  "--run runs/chipnet --layer x", "--t_class 1", "mine.csv"],
 }  # fmt: skip
@@ -255,7 +255,7 @@ def test_a_call_out_of_time_is_one_line(place, monkeypatch, capsys):
         ("preprocess", TRAIN, lambda t: t.rename(columns={"image_name": "\ufeffimage_name"}), "--limit 22"),
         ("preprocess", IMAGE, PIXELS[0, :1, :1], "--output_dir my,(2)"), ("crop", "mine.csv", boxes(*4 * [""]), BOXED),
         ("preprocess", IMAGE, PIXELS[0, :1], "--output_dir data --overwrite"),
-        ("ensemble", "runs/mean/roc.png", "x", "--runs mean cropnet"), ("audit", "runs/resnet/roc.png", "x", ""),
+        ("ensemble", "runs/mean/a.png", "x", "--runs mean cropnet"), ("report", "runs/resnet/a.png", "x", ""),
         ("predict", "mine.csv", "image_name,sex\n0024,male\nx,\n", "--csv mine.csv"),
     ],
 )  # fmt: skip

@@ -78,7 +78,7 @@ def test_notebook_runs_top_to_bottom(monkeypatch):
 
 def test_the_demo_draws_its_picture(source, data_dir, runs_dir, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "example_data"))
-    report = importlib.import_module("report")
+    report = importlib.import_module("overview")
     monkeypatch.setattr(report, "HERE", source)
     (tmp_path / "data").symlink_to(data_dir)
     labels = pd.Series([0, 1, 0, 1], read_data(data_dir).test[ID])

@@ -11,8 +11,8 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-BUDGET, README_BYTES = 7500, 12_000  # lines of all modules, length of the README
-SCRIPTS = {"preprocess", "train", "crop", "ensemble", "predict", "audit", "features"}
+BUDGET, README_BYTES = 8000, 12_000  # lines of all modules, length of the README
+SCRIPTS = {"preprocess", "train", "crop", "ensemble", "predict", "report", "features"}
 # what a module may import of ours; a script all but scripts
 ALLOWED = {"util": (), "fsg": (), "losses": (), "scores": (), "tasks": ("util", "scores", "losses"),
            "blends": ("scores", "tasks"),

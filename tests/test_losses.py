@@ -95,3 +95,10 @@ def test_a_young_average_follows_the_weights_and_an_old_one_is_slow():
         assert step != 14 or expected > 7  # .999 from the start on would be at 0.1
     assert average.module.weight.item() == pytest.approx(expected, rel=1e-4)
     assert average.module.running_mean.item() == pytest.approx(-expected, rel=1e-4)
+
+
+def test_several_logits_are_learned_alike():
+    task, goal = BINARY, torch.tensor([[1.0], [0.0], [float("nan")]])
+    first, second = torch.randn(3, 1), torch.randn(3, 1).bfloat16()
+    each = [losses.loss_of(task, "bce", logit.float(), goal) for logit in (first, second)]
+    assert torch.allclose(losses.loss_of(task, "bce", [first, second], goal), sum(each) / 2)

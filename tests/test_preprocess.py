@@ -193,4 +193,4 @@ def test_external_images_are_trained_on_and_never_scored(source, data_dir, tmp_p
                 "--fold", 0, *SMALL_MODEL)  # fmt: skip
     assert len(pd.read_csv(fold / "oof.csv")) == 12
     assert read_json(fold / "fold0_metrics.json")["train_rows"] == 12 + 3
-    call("audit", fold)
+    call("report", fold)

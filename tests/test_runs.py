@@ -23,7 +23,7 @@ from plumbing.guards import check_unseen
 from util import InputError, Stopped
 
 TABLES = ("oof.csv", "test_predictions.csv", "submission.csv")
-SHARED = {"config.json", "log.csv", *TABLES, "metrics.json", "curves.png", "roc.png"}
+SHARED = {"config.json", "log.csv", *TABLES, "metrics.json", "curves.png"}
 OWN = ("best.pt", "last.pt", "log.csv", "oof.csv", "test.csv", "metrics.json")
 
 
@@ -68,7 +68,7 @@ def test_folds_gather_in_one_run_whatever_the_order(data_dir, runs_dir, tmp_path
         with pytest.raises(InputError, match=message):
             fit(data_dir, tmp_path, "--fold", 0, *words)
     assert names(run) == before
-    (run / "fold1_gates.png").touch()
+    (run / "fold1_gates.npy").touch()
     fit(data_dir, tmp_path, "--fold", 0, "--seed", 1, "--overwrite")
     assert names(run) == SHARED | {f"fold0_{kind}" for kind in OWN}  # nothing is left of the old run
     assert pd.read_csv(run / "oof.csv")["fold"].unique().tolist() == [0]
@@ -244,7 +244,7 @@ def test_runs_of_relative_paths_predict_from_anywhere_without_data(data_dir, run
     (tmp_path / "far" / "away").mkdir(parents=True)
     shutil.move(tour / "runs", kept)
     monkeypatch.chdir(tmp_path / "far" / "away")
-    call("audit", kept / "ensemble", "--device", "cpu")  # which reads the data
+    call("report", kept / "ensemble", "--device", "cpu")  # which reads the data
     shutil.rmtree(tour)
     for run in ("cropnet", "ensemble"):
         assert predict(kept / run, source, tmp_path / f"{run}2") == before[run == "ensemble"]

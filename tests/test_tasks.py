@@ -78,7 +78,7 @@ def test_a_kind_goes_from_the_table_to_new_images(source, tmp_path, kind, capsys
     found = read(out / "predictions.csv").set_index("image_name")
     assert np.allclose(found[columns], test.loc[["0024", "0026"]], atol=1e-4)  # one image, one prediction
     assert (out / "0024.png").exists()
-    call("audit", tmp_path / "runs" / "weights", "--device", "cpu")
+    call("report", tmp_path / "runs" / "weights", "--device", "cpu")
 
 
 @pytest.mark.parametrize("flags", [["--model", "resnet"], ["--model", "scout", "--scout_size", 96, "--tta", 1]])

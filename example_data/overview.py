@@ -1,6 +1,6 @@
 """Sum up `make demo`: one table of all runs and one picture of the test images.
 
-    python example_data/report.py --demo_dir demo
+    python example_data/overview.py --demo_dir demo
 
 Prints run, AUC of each fold, out-of-fold AUC with its 95 % interval, AUC on the labelled example
 test set, seconds of training, and how well the pattern of the lesion is told (three classes); draws

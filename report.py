@@ -1,0 +1,510 @@
+"""One page that shows a run or a blend: what it is worth, where it fails, and whether its files hold what they claim.
+
+Reads   runs/NAME/ (train.py or ensemble.py), and the data and crops that it was trained on
+Writes  runs/NAME/report.html: one file, pictures inside, nothing loaded from elsewhere
+
+    python report.py runs/resnet
+    python report.py runs/ensemble --data_dir data
+
+All scores are of held-out predictions, with 95 % intervals over groups. The page ends with checks of the run and of the
+members of a blend, which are printed too: files are those that were hashed, every held-out row is there once, scores
+follow from predictions, and a sample of the rows is predicted again from the checkpoints. If one fails the page says so
+and the exit status is 2.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+import dataset
+import models
+import util
+from calibration import calibrated
+from localize import upsample
+from maps import WAYS, check_way, default_way
+from plumbing import html
+from plumbing.arrays import array_path, open_array
+from plumbing.cells import make_cells
+from plumbing.data import CORNERS, Data, read_data, read_table
+from plumbing.distributed import pick_device
+from plumbing.figures import draw_confusion, draw_curves, draw_precision, draw_predictions, draw_reliability
+from plumbing.files import atomic, check_hashes
+from plumbing.gates import draw_gates
+from plumbing.images import frame_of
+from plumbing.runs import Run, read_run, score_line
+from scores import bootstrap_weights, interval, rank_in_fold
+from tasks import Task, score_folds
+from util import BOX_SIDE, FOLD, ID, InputError
+
+SAMPLE = 16  # held-out rows of each fold that are predicted again
+TOLERANCE = 1e-3  # of probabilities: batches of another size round otherwise
+SAMPLES = 300  # bootstrap samples of a subgroup
+MOST_VALUES = 12  # of a metadata column whose values are subgroups; numbers with more are cut into BANDS
+BANDS, FEWEST_ROWS = 4, 10  # of numbers; rows of a subgroup that is shown
+SHOWN, THUMB = 20, 112  # pictures of a kind, and their side in pixels
+OWN_KINDS = 6  # classes up to which each has worst errors of its own
+
+
+@dataclass
+class Subject:
+    """A run, its data, and its held-out predictions by row."""
+
+    run: Run
+    data: Data
+    device: torch.device
+
+    def __post_init__(self):
+        oof = self.run.table("oof.csv")
+        self.task, self.metrics, self.oof = self.run.task, self.run.metrics, oof
+        self.rows = pd.Series(np.arange(len(self.data.train)), index=self.data.train[ID])[oof[ID]].to_numpy()
+        self.table = self.data.train.iloc[self.rows].reset_index(drop=True)
+        self.target, self.prob = oof[self.task.targets].to_numpy(float), oof[self.task.columns].to_numpy(float)
+        self.fold, self.group = oof[FOLD].to_numpy(), self.data.group[oof[ID]].to_numpy()
+        fit = self.metrics["calibration"]
+        self.sure = calibrated(self.task, self.prob, fit) if fit else self.prob  # predictions as probabilities
+
+    @cached_property
+    def crop_dir(self) -> Path | None:
+        """Crops that the run, or the first member that has some, was trained on, if they are still there."""
+        runs = [self.run] if not self.run.is_blend else [member for member, _ in self.run.members()]
+        folders = [Path(run.config["args"]["crop_dir"]) for run in runs if run.config.get("crop")]
+        return next((folder for folder in folders if (folder / "crop.json").exists()), None)
+
+    @cached_property
+    def boxes(self) -> pd.DataFrame | None:
+        """Best boxes of the rows."""
+        if self.crop_dir is None:
+            return None
+        boxes = read_table(self.crop_dir / "train_boxes.csv", unique=False)
+        boxes = boxes[boxes["box"] == 0] if "box" in boxes else boxes
+        return boxes.set_index(ID).loc[self.table[ID]].reset_index()
+
+
+# ---------------------------------------------------------------- what it is
+def about(s: Subject) -> str:
+    """What was trained on what."""
+    args, task = s.run.config["args"], s.task
+    facts = {"run": s.run.name, "kind": f"{task.kind}: {', '.join(task.names)}", "main score": task.metric,
+             "held-out images": f"{len(s.oof)} of {len(s.data.train)}{task.sum_up(s.target)}",
+             "groups": len(np.unique(s.group)), "folds": ", ".join(map(str, s.run.folds))}  # fmt: skip
+    keys = ("mode", "model", "backbone", "weights", "epochs", "batch_size", "lr", "head_lr", "loss", "augment", "seed")
+    facts |= {key: args[key] for key in keys if args.get(key) is not None}
+    facts |= {"versions": ", ".join(f"{k} {v}" for k, v in s.run.config.get("versions", {}).items()),
+              "command": " ".join(map(str, s.run.config.get("argv", [])))}  # fmt: skip
+    return html.facts({key: str(value) for key, value in facts.items() if value not in ("", None)})
+
+
+def scores_of(s: Subject) -> str:
+    """Scores beside those of the best constant prediction."""
+    main, task = s.metrics.get("ranked", s.metrics["pooled"]), s.task
+    low, high = main[f"{task.metric}_interval"] or (None, None)
+    rows = [[f"{task.metric} (main)", main[task.metric], f"{html.number(low)} to {html.number(high)}",
+             constant(task, task.metric, s.target)]]  # fmt: skip
+    pooled = s.metrics["pooled"]
+    rows += [[name, pooled[name], "", constant(task, name, s.target)] for name in task.metrics
+             if name in pooled and name != task.metric]  # fmt: skip
+    text = html.table(["out of fold", "score", "95 %", "constant prediction"], rows)
+    if "ranked" in s.metrics:
+        text += "<p>The main score is of ranks inside folds; the others are of all rows together.</p>"
+    each = pooled.get("auc_of_each")
+    if each:
+        rows = [[name, auc, pooled["ap_of_each"][name]] for name, auc in each.items()]
+        text += html.table(["class", "AUC", "AP"], rows)
+    return text
+
+
+def constant(task: Task, name: str, target: np.ndarray) -> float | None:
+    """Score of the best constant prediction: of the commonest class, or of the median."""
+    if (baseline := task.metrics[name].baseline) is not None:
+        return float(baseline(target[~np.isnan(target).all(axis=1)]))
+    return 0.5 if name == "auc" else None
+
+
+def folds_of(s: Subject) -> str:
+    """A row per fold."""
+    names = [name for name in s.task.metrics if name in s.metrics["folds"][0]]
+    rows = [[fold["fold"], fold["rows"], *(fold[name] for name in names), fold.get("best_epoch"), fold.get("seconds")]
+            for fold in s.metrics["folds"]]  # fmt: skip
+    return html.table(["fold", "rows", *names, "best epoch", "seconds"], rows)
+
+
+def curves(s: Subject) -> str:
+    """Training by epoch."""
+    if not (s.run.path / "log.csv").exists():
+        return ""
+    log = pd.read_csv(s.run.path / "log.csv")
+    return html.drawing(draw_curves(log, s.task.metric), "Training loss, held-out loss and held-out score by epoch")
+
+
+def shape(s: Subject) -> str:
+    """ROC and precision, confusion, or predicted against true."""
+    known = ~np.isnan(s.target).all(axis=1)
+    what = "ROC curves of held-out predictions" if s.task.probabilistic else "Predicted against true values"
+    text = html.drawing(draw_predictions(s.task, s.oof), what)
+    if s.task.probabilistic:
+        text += html.drawing(draw_precision(s.task, s.target, s.prob), "Precision by recall")
+    if s.task.sums_to_1:
+        text += html.drawing(draw_confusion(s.task, s.target[known, 0], s.prob[known]), "Confusion matrix")
+    return text
+
+
+def calibration(s: Subject) -> str:
+    """Calibration before and after, on rows it was not learned from."""
+    if (fit := s.metrics["calibration"]) is None:
+        return ""
+    rows = [[when, fit[when]["ece"], fit[when]["brier"]] for when in ("before", "after")]
+    text = html.table(["calibration", "expected error", "Brier"], rows)
+    text += html.drawing(draw_reliability(s.task, s.target, s.prob, s.sure), "Share of positives by probability")
+    head = ["label", "threshold for", "threshold", "sensitivity", "specificity"]
+    rows = [[label, name, *(value[key] for key in head[2:])] for label, each in fit["thresholds"].items()
+            for name, value in each.items()]  # fmt: skip
+    return text + (html.table(head, rows) if rows else "")
+
+
+# ---------------------------------------------------------------- where it fails
+def subgroups(s: Subject) -> dict[str, np.ndarray]:
+    """Rows (N,) bool of every subgroup by name."""
+    table = s.table.drop(columns=[ID, FOLD, *s.task.targets, s.data.facts["group_col"] or ID], errors="ignore")
+    table["image size"] = table.pop("width") * table.pop("height") / 1e6
+    if s.boxes is not None:
+        table[BOX_SIDE] = (s.boxes["x1"] - s.boxes["x0"]) / s.table[["width", "height"]].min(axis=1)
+    found = {}
+    for column, values in table.items():
+        if values.nunique() <= MOST_VALUES:
+            some = sorted(values.dropna().unique(), key=str)
+            found |= {f"{column} = {value}": (values == value).to_numpy() for value in some}
+        elif pd.api.types.is_numeric_dtype(values):
+            bands = pd.qcut(values, BANDS, duplicates="drop")
+            found |= {f"{column} {band.left:g} to {band.right:g}": (bands == band).to_numpy()
+                      for band in bands.cat.categories}  # fmt: skip
+        if values.isna().any() and not values.isna().all():
+            found[f"{column} missing"] = values.isna().to_numpy()
+    return {name: rows for name, rows in found.items() if FEWEST_ROWS <= rows.sum() < len(s.table)}
+
+
+def by_subgroup(s: Subject) -> str:
+    """The main score of every subgroup, marked where its interval excludes the whole's score."""
+    metric, known = s.task.metrics[s.task.metric], ~np.isnan(s.target).all(axis=1)
+    prob = rank_in_fold(s.prob, s.fold) if metric.ranks else s.prob
+    whole, rows, marks = metric.of(s.target[known], prob[known]), [], {}
+    for name, chosen in subgroups(s).items():
+        chosen = chosen & known
+        value = metric.of(s.target[chosen], prob[chosen]) if chosen.any() else math.nan
+        if math.isnan(value):
+            continue
+        again = metric.resampled(s.target[chosen], prob[chosen])
+        low, high = interval([again(weight) for weight in islice(bootstrap_weights(s.group[chosen]), SAMPLES)])
+        if not low <= whole <= high:
+            marks[len(rows)] = "good" if (value > whole) == (metric.sign > 0) else "bad"
+        rows.append([name, int(chosen.sum()), value, f"{low:.3f} to {high:.3f}",
+                     {"good": "better", "bad": "worse"}.get(marks.get(len(rows)), "")])  # fmt: skip
+    if not rows:
+        return ""
+    text = html.table(["subgroup", "rows", s.task.metric, "95 %", "than the whole"], rows, marks)
+    return (text + f"<p>All rows: {whole:.3f}. Marked: the interval excludes that; of {len(rows)} subgroups about "
+            f"{0.05 * len(rows):.1f} would be by chance.</p>")  # fmt: skip
+
+
+def worst_errors(s: Subject) -> dict[str, np.ndarray]:
+    """Rows of the worst errors, worst first, by kind."""
+    task, found = s.task, {}
+    if not task.probabilistic:
+        error = np.nan_to_num(s.prob[:, 0] - s.target[:, 0])
+        found = {"predicted too high": np.argsort(-error)[:SHOWN], "predicted too low": np.argsort(error)[:SHOWN]}
+        return {kind: rows[error[rows] != 0] for kind, rows in found.items()}
+    if task.sums_to_1:
+        own = np.take_along_axis(s.prob, np.nan_to_num(s.target).astype(int), axis=1)[:, 0]
+        wrong = (s.prob.argmax(axis=1) != s.target[:, 0]) & ~np.isnan(s.target[:, 0])
+        parts = {"worst errors": wrong}
+        if len(task.names) <= OWN_KINDS:
+            parts = {f"{name} taken for another": wrong & (s.target[:, 0] == i) for i, name in enumerate(task.names)}
+        return {kind: rows[np.argsort(own[rows])][:SHOWN] for kind, rows in
+                ((kind, np.flatnonzero(part)) for kind, part in parts.items())}  # fmt: skip
+    label = s.target  # of several labels the worst of a row counts
+    missed, false = np.where(label == 1, s.prob, np.inf).min(axis=1), np.where(label == 0, s.prob, -np.inf).max(axis=1)
+    middle = 0.5 if not s.metrics["ranks"] else np.nanmean(label == 0)
+    found = {"missed": np.argsort(missed)[:SHOWN], "false alarms": np.argsort(-false)[:SHOWN]}
+    return {"missed": found["missed"][missed[found["missed"]] < middle],
+            "false alarms": found["false alarms"][false[found["false alarms"]] >= middle]}  # fmt: skip
+
+
+def least_certain(s: Subject) -> np.ndarray:
+    """Rows whose prediction says least, least first."""
+    if not s.task.probabilistic:
+        return np.empty(0, int)
+    if s.task.sums_to_1:
+        top = np.sort(s.sure, axis=1)
+        return np.argsort(top[:, -1] - top[:, -2])[:SHOWN]
+    return np.argsort(np.abs(s.sure - 0.5).mean(axis=1))[:SHOWN]
+
+
+def doubtful_labels(s: Subject) -> list[list]:
+    """Rows whose label is likely wrong: the network, which did not see them, is surer of another class than it is on
+    average of that class's own images. Northcutt, Jiang, Chuang, Confident Learning, JAIR 2021."""
+    if not s.task.probabilistic:
+        return []
+    sure = s.sure if s.task.sums_to_1 else np.stack([1 - s.sure, s.sure], axis=2)  # per label: no, yes
+    labels = s.target if not s.task.sums_to_1 else s.target[:, :1]
+    found = []
+    for column in range(labels.shape[1]):
+        prob = sure if s.task.sums_to_1 else sure[:, column]
+        label, names = labels[:, column], s.task.names if s.task.sums_to_1 else None
+        known = ~np.isnan(label)
+        usual = np.array([prob[known & (label == c), c].mean() if (known & (label == c)).any() else np.inf
+                          for c in range(prob.shape[1])])  # fmt: skip
+        other = np.where(np.arange(prob.shape[1]) == np.nan_to_num(label)[:, None], -1, prob - usual)
+        for row in np.flatnonzero(known & (other.max(axis=1) >= 0)):
+            best = int(other[row].argmax())
+            given = names[int(label[row])] if names else f"{s.task.names[column]} {'yes' if label[row] else 'no'}"
+            says = names[best] if names else f"{s.task.names[column]} {'yes' if best else 'no'}"
+            found.append([s.table[ID][row], given, says, float(prob[row, best]), float(other[row, best])])
+    return sorted(found, key=lambda row: -row[-1])[:SHOWN]
+
+
+def labels_section(s: Subject) -> str:
+    """Likely wrong labels."""
+    rows = [row[:-1] for row in doubtful_labels(s)]
+    return html.table(["image", "label", "rather", "probability"], rows) if rows else ""
+
+
+def disagreeing_groups(s: Subject) -> str:
+    """Groups whose images are predicted, or labelled, most differently."""
+    if s.data.facts["group_col"] is None:
+        return ""
+    labels = [s.task.describe(target) for target in s.target]
+    frame = pd.DataFrame({"group": s.group, "value": s.prob.max(axis=1), "label": labels})
+    found = frame.groupby("group").agg(images=("value", "size"), low=("value", "min"), high=("value", "max"),
+                                       labels=("label", "nunique"))  # fmt: skip
+    found = found[found["images"] > 1].assign(spread=found["high"] - found["low"]).nlargest(SHOWN, "spread")
+    rows = [[name.partition(":")[2], int(row["images"]), row["low"], row["high"], int(row["labels"])]
+            for name, row in found.iterrows()]  # fmt: skip
+    return html.table(["group", "images", "lowest", "highest", "different labels"], rows) if rows else ""
+
+
+# ---------------------------------------------------------------- pictures
+class Pictures:
+    """Thumbnails of rows: the image with its box, the map, the crop."""
+
+    def __init__(self, s: Subject):
+        self.s, size = s, s.data.size
+        self.whole = open_array(s.data.array_path("train"), len(s.data.train), size)
+        self.crops = self.maps = None
+        if s.crop_dir is not None:
+            self.crops = open_array(array_path(s.crop_dir, "train", size), len(s.data.train))
+            path = s.crop_dir / "train_attention.npy"
+            self.maps = open_array(path, len(s.data.train), dtype=np.float32) if path.exists() else None
+
+    def explain(self, rows: np.ndarray) -> dict[int, np.ndarray]:
+        """Maps (h, w) of rows by the networks of their folds, if the run looks at whole small images."""
+        s, found = self.s, {}
+        if s.run.is_blend or s.run.config["crop"] is not None or models.MODELS[s.run.config["args"]["model"]].scouts:
+            return {}
+        for k in np.unique(s.fold[rows]):
+            network, content = models.load_checkpoint(s.run.checkpoint(int(k)), s.device)
+            own = rows[s.fold[rows] == k]
+            meta = torch.zeros(1, content["spec"]["meta_dim"])
+            explainer = WAYS[check_way(default_way(network), network)](network, meta.numpy(), s.task.evidence)
+            image = torch.from_numpy(self.whole[s.rows[own]]).permute(0, 3, 1, 2).to(s.device)
+            try:
+                maps = [explainer.attention(part, 1).detach().float().cpu().numpy() for part in image.split(16)]
+            except InputError:  # its last map has one cell, or no linear layer follows: there is nothing to show
+                return {}
+            found |= dict(zip(own.tolist(), np.concatenate(maps), strict=True))
+        return found
+
+    def show(self, rows: np.ndarray) -> str:
+        """Pictures of rows, with what is true and what was predicted."""
+        s, text = self.s, []
+        maps = {row: self.maps[s.rows[row]] for row in rows} if self.maps is not None else self.explain(rows)
+        for row in rows:
+            image = cv2.resize(self.whole[s.rows[row]], (THUMB, THUMB), interpolation=cv2.INTER_AREA)
+            parts = [image]
+            if s.boxes is not None:
+                box, size = s.boxes.iloc[row], tuple(s.table[["width", "height"]].iloc[row])
+                left, top, right, _ = frame_of(*size, s.data.facts["frame"])
+                corners = (box[CORNERS].to_numpy(float) - [left, top, left, top]) * THUMB / (right - left)
+                x0, y0, x1, y1 = np.rint(corners).astype(int).tolist()
+                parts = [cv2.rectangle(image.copy(), (x0, y0), (x1 - 1, y1 - 1), (0, 255, 0), 1)]
+            if row in maps:
+                raster = upsample(maps[row], THUMB)
+                level = np.uint8(255 * np.clip(raster / max(raster.max(), 1e-12), 0, 1))
+                colour = cv2.applyColorMap(level, cv2.COLORMAP_INFERNO)[..., ::-1]
+                parts.append(cv2.addWeighted(image, 0.45, np.ascontiguousarray(colour), 0.55, 0))
+            if self.crops is not None:
+                crop = self.crops[s.rows[row]]
+                crop = crop[0] if crop.ndim == 4 else crop  # the best
+                parts.append(cv2.resize(crop, (THUMB, THUMB), interpolation=cv2.INTER_AREA))
+            name, truth = s.table[ID][row], s.task.describe(s.target[row])
+            says = s.task.show(s.prob[row])
+            text.append(html.photograph(np.concatenate(parts, axis=1), f"{name}, labelled {truth}, predicted {says}",
+                                        f"{name}: {truth}, predicted {says}"))  # fmt: skip
+        return "".join(text)
+
+
+def errors_section(s: Subject) -> str:
+    """The worst errors of each kind."""
+    pictures = Pictures(s)
+    return "".join(f"<h3>{kind}</h3>{pictures.show(rows)}" for kind, rows in worst_errors(s).items() if len(rows))
+
+
+def uncertain_section(s: Subject) -> str:
+    """The least certain rows."""
+    return Pictures(s).show(least_certain(s))
+
+
+# ---------------------------------------------------------------- what it is made of
+def gates_section(s: Subject) -> str:
+    """Gates and prune curves of every fold."""
+    text = []
+    for k in s.run.folds:
+        if (s.run.path / f"fold{k}_gates.npy").exists():
+            network, curve = models.load_checkpoint(s.run.checkpoint(k))[0], s.run.path / f"fold{k}_prune.csv"
+            picture = draw_gates(network, pd.read_csv(curve))
+            text.append(html.drawing(picture, f"Gates of fold {k}, and the score with gates closed"))
+    return "".join(text)
+
+
+def crops_section(s: Subject) -> str:
+    """What the crops look like."""
+    if s.boxes is None:
+        return ""
+    side = (s.boxes["x1"] - s.boxes["x0"]) / s.table[["width", "height"]].min(axis=1)
+    share = side.quantile([0.05, 0.25, 0.5, 0.75, 0.95])
+    reasons = s.boxes["fallback"].fillna("cropped").value_counts()
+    text = html.table(["side over the short side", *(f"{q:.0%}" for q in share.index)], [["", *share.tolist()]])
+    text += html.table(["crop", "images"], [[name, int(count)] for name, count in reasons.items()])
+    montage = cv2.imread(str(s.crop_dir / "montage.png"))
+    return text if montage is None else text + html.photograph(montage[..., ::-1], "Images with box, map and crop")
+
+
+def members_section(s: Subject) -> str:
+    """Members of a blend, their weights, and how alike their predictions are."""
+    if not s.run.is_blend:
+        return ""
+    members = s.run.members()
+    main = [run.metrics.get("ranked", run.metrics["pooled"])[s.task.metric] for run, _ in members]
+    rows = [[run.name, weight, score] for (run, weight), score in zip(members, main, strict=True)]
+    tables = [run.table("oof.csv").set_index(ID).loc[s.table[ID], s.task.columns] for run, _ in members]
+    values = [table.to_numpy().ravel() for table in tables]
+    alike = pd.DataFrame(np.transpose(values)).corr("spearman").to_numpy().reshape(len(members), -1)
+    names = [run.name for run, _ in members]
+    text = html.table(["member", "weight", s.task.metric], rows)
+    rows = [[name, *row] for name, row in zip(names, alike.tolist(), strict=True)]
+    return text + html.table(["rank correlation", *names], rows)
+
+
+SECTIONS: dict[str, Callable[[Subject], str]] = {
+    "What was trained": about, "Scores": scores_of, "Folds": folds_of, "Training": curves, "Predictions": shape,
+    "Calibration": calibration, "Subgroups": by_subgroup, "Worst errors": errors_section,
+    "Least certain": uncertain_section, "Labels that may be wrong": labels_section,
+    "Groups whose images disagree": disagreeing_groups, "Gates": gates_section, "Crops": crops_section,
+    "Members": members_section,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- checks
+def check_data(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
+    """The folds are those of the run, and the arrays are as hashed."""
+    check_hashes(data.directory, data.facts["sha256"], "preprocess and train again")
+    return run.config["inputs"]["folds"] == data.folds_sha256, f"folds and {len(data.facts['sha256'])} files as hashed"
+
+
+def check_scores(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
+    """oof.csv has every held-out row of the finished folds once, and all scores follow from it."""
+    oof, expected = run.table("oof.csv"), data.train[data.train[FOLD].isin(run.folds)]
+    keys = [ID, FOLD, *data.task.targets]
+    known = oof[ID].is_unique and len(oof.merge(expected[keys], on=keys)) == len(oof)
+    complete = len(oof) == len(expected) or run.is_blend or run.config["args"]["limit"] is not None
+    again, same = score_folds(data.task, oof, data.group, run.folds, run.metrics["ranks"]), True
+    for part in again.keys() & {"pooled", "ranked"}:
+        for key, value in again[part].items():
+            both = [list(x.values()) if isinstance(x, dict) else x for x in (value, run.metrics[part][key])]
+            same &= np.allclose(*(np.array(x, float) for x in both), equal_nan=True)
+    found = score_line(run.name, again).partition("oof ")[2]
+    return known and complete and same, f"{len(oof)} held-out rows, out of fold {found}"
+
+
+def check_networks(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
+    """A sample of every fold's held-out rows is predicted as in oof.csv; what is fitted saw training rows."""
+    if run.is_blend:
+        return True, f"{len(run.members())} members as blended"
+    known = {"tile": 0, "finetune": None} | run.config["args"]  # runs of older versions know no tiles
+    args, oof, worst, fitted = argparse.Namespace(**known), run.table("oof.csv"), 0.0, True
+    args.crop_dir, args.guide = args.crop_dir and Path(args.crop_dir), None
+    for k in run.folds:
+        model, content = models.load_checkpoint(run.checkpoint(k), device)
+        if isinstance(model, models.Scout):
+            data.cells = data.cells or make_cells(model, data, util.CPUS)
+        images, encoder, task = dataset.make_images(data, k, args, models.MODELS[args.model])
+        fitted &= encoder.columns == content["encoder"] and task.facts() == content["task"]
+        valid, expected = images["valid"], oof[oof[FOLD] == k].set_index(ID)[task.columns]
+        some = np.linspace(0, len(valid) - 1, min(SAMPLE, len(valid))).astype(int)
+        loader = dataset.eval_loader(valid, some, args.batch_size, workers=0)
+        prob = models.predict(model, task, loader, device, args.tta, args.amp)
+        away = np.abs(prob - expected.loc[data.train[ID].to_numpy()[valid.rows[some]]].to_numpy()) / task.std
+        worst = max(worst, away.max())
+    return fitted and worst < TOLERANCE, f"up to {SAMPLE} rows of each fold predicted again, at most {worst:.1e} away"
+
+
+def check_all(run: Run, data_dir: Path | None, device: torch.device) -> list[tuple[bool, str]]:
+    """(whether it holds, what was checked) of a run and the members of a blend, printed as they come."""
+    runs, found = [run], []
+    for one in runs:  # grows by the members of blends
+        data = read_data(data_dir or Path(one.config["args"]["data_dir"]))
+        for check in (check_data, check_scores, check_networks):
+            try:
+                good, text = check(one, data, device)
+            except (InputError, OSError, KeyError) as error:
+                good, text = False, f"{error}"
+            found.append((good, f"{one.name}, {check.__name__[6:]}: {text}"))
+            print(("ok    " if good else "WRONG ") + found[-1][1])
+        known = {other.path.resolve() for other in runs}
+        runs += [member for member, _ in one.members() if member.path.resolve() not in known] if one.is_blend else []
+    return found
+
+
+def main(args: argparse.Namespace) -> Path:
+    """Write the page; raises InputError if a check fails."""
+    run, device = read_run(args.run), pick_device(args.device)
+    checked = check_all(run, args.data_dir, device)
+    wrong = [text for good, text in checked if not good]
+    path = run.path / "report.html"
+    rows = [["holds" if good else "WRONG", text] for good, text in checked]
+    marks = {i: "good" if good else "bad" for i, (good, _) in enumerate(checked)}
+    sections = {}
+    try:
+        subject = Subject(run, read_data(args.data_dir or Path(run.config["args"]["data_dir"])), device)
+        for name, section in tqdm(SECTIONS.items(), unit="section"):
+            sections[name] = section(subject)
+    except (InputError, OSError, KeyError):
+        if not wrong:
+            raise  # else what cannot be read is among what is wrong
+    sections["Checks"] = html.table(["", "what was checked"], rows, marks)
+    with atomic(path) as temporary:
+        temporary.write_text(html.page(f"{run.name}: report", sections), encoding="utf-8")
+    print(f"{len(checked)} checks, wrote {path}")
+    if wrong:
+        raise InputError(f"{len(wrong)} checks failed: {wrong[0]}")
+    return path
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Command line of this script."""
+    parser = util.new_parser(__doc__, "device")
+    parser.add_argument("run", type=Path, help="directory of a run or blend")
+    parser.add_argument("--data_dir", type=Path, help="from preprocess.py [as the run says]")
+    return parser
+
+
+if __name__ == "__main__":
+    util.run_script(main, get_args_parser())
