@@ -25,7 +25,7 @@ import util
 from blends import BLENDS, Blend, Weighted, average_of, by_order, scores_of, values_of
 from calibration import parts_of
 from plumbing.data import Data, MetaEncoder, meta_columns, read_data
-from plumbing.files import atomic, check_hashes, provenance, read_csv, read_json, sha256, write_json
+from plumbing.files import atomic, check_hashes, provenance, read_json, sha256, write_json
 from plumbing.runs import STACK, Run, read_run, remove_run, score_line, write_run
 from scores import bootstrap_weights, interval, rank_in_fold
 from tasks import Task
@@ -95,6 +95,8 @@ class Extra:
             self.facts = read_json(args.features / "features.json")
             check_hashes(args.features, self.facts["sha256"], "run features.py again")
             hashes = {sha256(run.path / "metrics.json"): i for i, run in enumerate(runs)}
+            if self.facts["limit"] is not None:
+                raise InputError(f"--features {args.features} are of a dry run; run features.py without --limit")
             if self.facts["run"] not in hashes or "train" not in self.facts["rows"]:
                 raise InputError(f"--features {args.features} are not of the tables of a run that is blended; run "
                                  "features.py --run on one of them, without images")  # fmt: skip
@@ -106,9 +108,9 @@ class Extra:
         extra = self.encoder.encode(table)
         if self.facts is None:
             return extra
-        from places import widen  # torch, which other blends do without
+        from places import read_rows, widen  # torch, which other blends do without
 
-        rows = read_csv(self.folder / f"{split}.csv", text=(ID, "class"))
+        rows = read_rows(self.folder / f"{split}.csv")
         vectors = np.load(self.folder / f"{split}.npy", mmap_mode="r", allow_pickle=False)
         return np.concatenate([extra, widen(rows, vectors, keys, self.data.task.names, vectors.shape[1])], axis=1)
 

@@ -20,6 +20,7 @@ two networks are not the same numbers. A stopped run goes on where it was when c
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,9 @@ import pandas as pd
 from tqdm import tqdm
 
 import util
-from inference import CHUNK, Single, list_images, read_chunks, read_meta
+from inference import CHUNK, Single, list_images, note_seen, read_chunks, read_meta
 from maps import WAYS
-from places import COLUMNS, NOTHING, Extractor
+from places import COLUMNS, NOTHING, Extractor, read_rows
 from plumbing.data import read_data
 from plumbing.distributed import pick_device
 from plumbing.files import atomic, finish_output, open_output, provenance, sha256, write_table
@@ -44,6 +45,7 @@ def find_parts(args: argparse.Namespace, run: Run, single: Single) -> dict[str, 
     their metadata)."""
     if args.images:
         paths = dict(list(list_images(args.images).items())[: args.limit])
+        note_seen(run, paths)
         table = read_meta(args, list(paths), single.meta_columns())
         return {"images": (list(paths), [(run.folds, paths, table)])}
     data = read_data(args.data_dir or Path(run.config["args"]["data_dir"]))
@@ -54,12 +56,23 @@ def find_parts(args: argparse.Namespace, run: Run, single: Single) -> dict[str, 
         table = table[: args.limit]
         files = np.array(data.find_originals(split, args.image_dir, args.limit), dtype=object)
         groups = [(run.folds, np.ones(len(table), bool))]
+        names = table[ID]
         if split == "train":
             groups = [([k], (table[FOLD] == k).to_numpy()) for k in run.folds]
-        parts[split] = table[ID].tolist(), [
+            names = names[table[FOLD].isin(run.folds)]
+        parts[split] = names.tolist(), [
             (folds, dict(zip(table[ID][rows], files[rows], strict=True)), table[rows]) for folds, rows in groups
         ]
     return parts
+
+
+def describe(groups: list[tuple]) -> str:
+    """Hash of which images are read by which networks, with what metadata."""
+    digest = hashlib.sha256()
+    for folds, paths, table in groups:
+        digest.update(repr((folds, [(name, str(path)) for name, path in paths.items()])).encode())
+        digest.update(table.to_csv(index=False).encode())
+    return digest.hexdigest()
 
 
 def write_part(path: Path, extractor: Extractor, folds: list[int], paths: dict, table: pd.DataFrame) -> None:
@@ -76,22 +89,22 @@ def write_part(path: Path, extractor: Extractor, folds: list[int], paths: dict, 
         np.save(file, np.concatenate(vectors) if vectors else NOTHING)
 
 
-def join_parts(folder: Path, split: str, paths: list[Path], names: list[str], classes: list[str]) -> pd.DataFrame:
-    """Bring the chunks of a split into the order of the images, their folds, classes and boxes; one chunk's vectors are
-    in memory at a time."""
-    tables = [pd.read_csv(path.with_suffix(".csv.part"), dtype={ID: str, "class": str}) for path in paths]
-    table = pd.concat(tables, ignore_index=True)
+def join_parts(folder: Path, split: str, paths: list[Path], names: list[str], classes, width: int) -> pd.DataFrame:
+    """Bring the chunks of a split into the order of the images, their folds, classes and boxes; one chunk's vectors of
+    `width` numbers are in memory at a time."""
+    tables = [read_rows(path.with_suffix(".csv.part")) for path in paths]
+    table = pd.concat([pd.DataFrame(columns=COLUMNS), *(each for each in tables if len(each))], ignore_index=True)
     place = {name: i for i, name in enumerate(names)}
     number = table["class"].map({name: i for i, name in enumerate(classes)})
-    order = np.lexsort([table["box"], number, table[FOLD], table[ID].map(place)])
+    order = np.lexsort([each.to_numpy(float) for each in (table["box"], number, table[FOLD], table[ID].map(place))])
     at, start = np.argsort(order), 0
-    width = max(np.load(path, mmap_mode="r", allow_pickle=False).shape[1] for path in paths)
     with atomic(folder / f"{split}.npy") as temporary:
         array = np.lib.format.open_memmap(temporary, "w+", np.float32, (len(table), width))
         for path in paths:
             found = np.load(path, allow_pickle=False)
-            array[at[start : start + len(found)]] = found
-            start += len(found)
+            if len(found):
+                array[at[start : start + len(found)]] = found
+                start += len(found)
         array.flush()
         del array
     table = table.iloc[order]
@@ -112,7 +125,10 @@ def main(args: argparse.Namespace) -> Path:
     extractor, parts = Extractor(single, args), find_parts(args, run, single)
     keys = ("route", "way", "layer", "pool", "cells", "heat", "t_class", "t_roi", "limit", "on_error")
     settings = {key: getattr(args, key) for key in keys} | {"run": sha256(args.run / "metrics.json")}
-    settings["images"] = {split: len(names) for split, (names, _) in parts.items()}
+    settings["images"] = {split: describe(groups) for split, (_, groups) in parts.items()}
+    mine = {path.name for split in parts for path in args.output_dir.glob(f"{split}.*")}
+    if mine and not any((args.output_dir / f"features.json{end}").exists() for end in ("", ".part")):
+        raise InputError(f"--output_dir {args.output_dir} holds {min(mine)} of something else; pass another folder")
     folder, written, counts = open_output(args.output_dir, "features.json", args.overwrite, settings), [], {}
     total, files = sum(len(paths) for _, groups in parts.values() for _, paths, _ in groups), {}
     with tqdm(total=total, unit="image") as bar:
@@ -126,16 +142,16 @@ def main(args: argparse.Namespace) -> Path:
                     if not files[split][-1].exists():
                         write_part(files[split][-1], extractor, folds, some, table[start : start + CHUNK])
                     bar.update(len(some))
-    if not any(np.load(path, mmap_mode="r", allow_pickle=False).size for each in files.values() for path in each):
+    widths = [np.load(path, mmap_mode="r", allow_pickle=False).shape[1] for each in files.values() for path in each]
+    if not any(widths):
         raise InputError("no image has a class so probable with a map that says anything; pass --overwrite and a lower "
                          f"--t_class than {args.t_class:g}")  # fmt: skip
     for split, (names, _) in parts.items():
-        found = join_parts(folder, split, files[split], names, list(run.task.names))
+        found = join_parts(folder, split, files[split], names, run.task.names, max(widths))
         written += [f"{split}.npy", f"{split}.csv"]
         counts[split] = {"images": len(names), "without": len(names) - found[ID].nunique(), "rows": len(found)}
     hashes = {name: sha256(folder / name) for name in written}
-    width = np.load(folder / written[0], mmap_mode="r", allow_pickle=False).shape[1]
-    facts = settings | {"way": extractor.way, "width": width, "rows": counts, "sha256": hashes} | provenance()
+    facts = settings | {"way": extractor.way, "width": max(widths), "rows": counts, "sha256": hashes} | provenance()
     finish_output(folder, "features.json", facts)
     for split, count in counts.items():
         print(f"{split}: {count['rows']} rows of {count['images']} images, {count['without']} have none")

@@ -236,6 +236,14 @@ def list_images(inputs: list[Path]) -> dict[str, Path]:
     return found
 
 
+def note_seen(run: Run, paths: dict[str, Path]) -> None:
+    """Say how many images have names of training images, which networks of the run have seen."""
+    seen = paths.keys() & set(run.table("oof.csv")[ID].map(name_key))
+    if seen:
+        print(f"{len(seen)} images have names of training images, which networks of this run have seen; "
+              f"{run.path / 'oof.csv'} has their held-out predictions")  # fmt: skip
+
+
 def read_meta(args: argparse.Namespace, names: list[str], needed: set[str]) -> pd.DataFrame:
     """Metadata of the images in their order; says which columns or images it has none of."""
     table = pd.DataFrame({ID: names})
@@ -258,12 +266,8 @@ def read_meta(args: argparse.Namespace, names: list[str], needed: set[str]) -> p
 
 def read_chunks(paths: dict[str, Path], table: pd.DataFrame, predictor, on_error: str) -> Iterator[Images]:
     """Read the images in chunks; a bad one is an error or, with "skip", left out."""
-    files, read = (
-        list(paths.values()),
-        partial(
-            read_square_or_skip, size=predictor.size, exact=predictor.exact, frame=predictor.frame, on_error=on_error
-        ),
-    )
+    files, how = list(paths.values()), {"size": predictor.size, "exact": predictor.exact, "frame": predictor.frame}
+    read = partial(read_square_or_skip, **how, on_error=on_error)
     for start in range(0, len(files), CHUNK):
         with ThreadPoolExecutor(util.CPUS) as pool:
             found = list(pool.map(read, files[start : start + CHUNK]))

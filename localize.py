@@ -408,11 +408,13 @@ def find_boxes(attention: np.ndarray, image_size: tuple[int, int], n_boxes: int 
 
 # ---------------------------------------------------------------- map of a class -> boxes
 def seen_part(view: tuple, image_size: tuple[int, int], cells: int) -> np.ndarray:
-    """Which cells of a map (cells, cells) of the square `view` (x0, y0, x1, y1) have their middle in the image."""
-    middles = (np.arange(cells) + 0.5) * (view[2] - view[0]) / cells
-    down, across = ((low + middles >= 0) & (low + middles < high)
-                    for low, high in ((view[1], image_size[1]), (view[0], image_size[0])))  # fmt: skip
-    return np.outer(down, across)
+    """Which cells of a map (cells, cells) of the square `view` (x0, y0, x1, y1) lie in the image, at least one each
+    way: bool."""
+    part, seen = cells / (view[2] - view[0]), np.zeros((cells, cells), bool)
+    ends = [(-view[1], image_size[1] - view[1]), (-view[0], image_size[0] - view[0])]
+    ends = [np.clip(np.rint(np.array(pair) * part), 0, cells).astype(int) for pair in ends]
+    seen[tuple(slice(min(start, end - 1), end) for start, end in ends)] = True
+    return seen
 
 
 def class_boxes(evidence: np.ndarray, view: tuple, image_size: tuple[int, int], t_roi: float) -> list[Box]:
@@ -420,9 +422,9 @@ def class_boxes(evidence: np.ndarray, view: tuple, image_size: tuple[int, int], 
     none if nothing in the image speaks for the class or all of it does alike. view: the square of the original that the
     map covers. A box's confidence is its share of what speaks for the class, less its share of the picture's area."""
     inside = seen_part(view, image_size, GRID)
-    small = np.maximum(evidence, 0) * seen_part(view, image_size, len(evidence))
+    small = np.maximum(evidence[seen_part(view, image_size, len(evidence))], 0)
     raster = np.maximum(upsample(evidence), 0) * inside
-    if raster.max() <= 0 or small.max() <= 0 or entropy(small) > FLAT:
+    if raster.max() <= 0 or small.max() <= 0 or (len(small) > 1 and entropy(small) > FLAT):
         return []
     scale, found = (view[2] - view[0]) / GRID, []
     parts = cv2.connectedComponentsWithStats((raster > t_roi * raster.max()).astype(np.uint8), connectivity=8)[2]

@@ -114,7 +114,7 @@ class GradCam(Explainer):
         found = []
         with torch.enable_grad():
             logit, outputs = self.forward(image, meta, [self.layer])
-            output = outputs[self.layer]
+            output = outputs.get(self.layer)  # of a module that is never called: none
             as_map(self.network.backbone, output)
             wanted = (shares(logit.detach()) * logit.unsqueeze(1)).sum(dim=(0, 2))  # (C,)
             for k, one in enumerate(wanted):
@@ -217,13 +217,12 @@ def last_stage(network: nn.Module, image: torch.Tensor) -> str:
 
 
 def attention_modules(backbone: nn.Module) -> dict[str, nn.Module]:
-    """Self-attentions of a plain vision transformer of torchvision or timm by name, in order."""
-
-    def is_one(module: nn.Module) -> bool:
-        return isinstance(module, nn.MultiheadAttention) or (type(module).__name__, hasattr(module, "qkv")) == (
-            "Attention", True)  # fmt: skip
-
-    return {name: module for name, module in backbone.named_modules() if is_one(module)}
+    """Self-attentions of a plain vision transformer of torchvision or timm by name, in order; of others, whose
+    attention has windows or biases of its own, none."""
+    if "VisionTransformer" not in {kind.__name__ for kind in type(backbone).__mro__}:
+        return {}
+    names = ("MultiheadAttention", "Attention")
+    return {name: module for name, module in backbone.named_modules() if type(module).__name__ in names}
 
 
 def norm_before(backbone: nn.Module, name: str) -> str:
@@ -252,7 +251,7 @@ def as_map(backbone: nn.Module, output: torch.Tensor) -> torch.Tensor:
     """Output of a layer as a map (N, C, h, w): a map as it is, of tokens (N, T, C) those of the patches. Raises
     InputError if it is neither."""
     shape = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
-    if len(shape) == 4:
+    if len(shape) == 4 and shape[2] == shape[3]:
         return output
     side = math.isqrt(max(shape[1] - prefix_of(backbone), 0)) if len(shape) == 3 else 0
     if side == 0 or side**2 != shape[1] - prefix_of(backbone):
@@ -268,17 +267,17 @@ def feature_layer(network: nn.Module, image) -> str:
         return ""
     if not attention_modules(network.backbone):
         return last_stage(network, image)
-    names = dict(network.backbone.named_modules())
-    return next(name for name in ("encoder.ln", "norm") if name in names)
+    return "encoder.ln" if hasattr(network.backbone, "encoder") else "norm"  # torchvision's, timm's
 
 
 @torch.no_grad()
 def read_features(network: nn.Module, image, layers: list[str], forward: Callable | None = None) -> tuple:
-    """What forward() returns (by default the backbone's output), and by layer its features (N, C, h, w) in that pass;
-    those of a ChipNet or scout are the embeddings of its chips or cells, where they lie."""
-    forward = forward or (lambda: network.backbone(network.normalise(image)))
+    """What forward() returns, and by layer the features (N, C, h, w) in that pass, or without forward in one of the
+    backbone; those of a ChipNet or scout are the embeddings of its chips or cells, where they lie."""
     if hasattr(network, "take_in"):
         each = network.take_in(image)[0].unbind(dim=2)
-        return forward(), {"": torch.stack([network.on_map(values, image) for values in each], dim=1)}
+        found = torch.stack([network.on_map(values, image) for values in each], dim=1)
+        return forward() if forward else None, {"": found}
+    forward = forward or (lambda: network.backbone(network.normalise(image)))
     result, outputs = run_backbone(network, layers, forward)
-    return result, {name: as_map(network.backbone, outputs[name]).detach() for name in layers}
+    return result, {name: as_map(network.backbone, outputs.get(name)).detach() for name in layers}

@@ -54,6 +54,11 @@ def to_numbers(features: torch.Tensor, cells: int) -> torch.Tensor:
     return F.adaptive_avg_pool1d(flat, NUMBERS // cells**2).transpose(1, 2).flatten(1)
 
 
+def read_rows(path: Path) -> pd.DataFrame:
+    """The table of features.py; None and NA may be names of classes."""
+    return pd.read_csv(path, dtype={ID: str, "class": str}, keep_default_na=False)
+
+
 def widen(rows: pd.DataFrame, vectors: np.ndarray, keys: pd.DataFrame, classes, width: int) -> np.ndarray:
     """Vectors (rows, D = width) as one row for each image and fold of keys (n, classes * D): of the best box of every
     class; NaN where there is none."""
@@ -62,6 +67,8 @@ def widen(rows: pd.DataFrame, vectors: np.ndarray, keys: pd.DataFrame, classes, 
     wide = np.full((len(keys), len(classes), width), np.nan, np.float32)
     known = places >= 0  # of other folds or images
     column = best["class"].map({name: i for i, name in enumerate(classes)}).to_numpy()
+    if not known.any():
+        return wide.reshape(len(keys), -1)
     wide[places[known], column[known]] = vectors[best.index.to_numpy()[known]]
     return wide.reshape(len(keys), -1)
 
@@ -92,6 +99,9 @@ class Extractor:
             raise InputError(f"--layer {args.layer}: chips and cells are the only map of {single.name}; leave it out")
         if single.scout is not None and args.route == "crop":
             raise InputError(f"--route crop: {single.name} reads cells of pictures, not crops; pass heat or roi")
+        if self.single.scout is None:  # what cannot be made is said before anything is written
+            meta = torch.zeros(1, getattr(network, "meta_dim", 0))
+            read_features(network, image, [], partial(self.ways[next(iter(self.ways))].explain, image, every, meta))
         if args.layer == "size":
             found = find_stages(network, image, tuple(FINER.values()))
             self.layers = {stride: found[stride] for stride in FINER.values()}
@@ -99,6 +109,7 @@ class Extractor:
             self.layers = {32: args.layer}
             if args.layer not in dict(network.backbone.named_modules()):
                 raise InputError(f"--layer {args.layer}: the backbone has no such module; {name} is the default")
+            read_features(network, image, [args.layer])
 
     def extract(self, images, k: int) -> tuple[pd.DataFrame, np.ndarray]:
         """Table of rows (COLUMNS) and their vectors float32 (rows, D) by the network of fold k."""

@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 import util
 from calibration import calibrated
-from inference import Images, Look, Single, list_images, open_predictor, read_chunks, read_meta
+from inference import Images, Look, Single, list_images, note_seen, open_predictor, read_chunks, read_meta
 from localize import class_boxes, upsample
 from maps import WAYS, check_way, default_way, every
 from plumbing.data import CORNERS
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_picture, draw_row, new_figure, save_figure
 from plumbing.files import finish_output, open_output, provenance, sha256, write_table
-from plumbing.images import configure_pillow, name_key, read_image
+from plumbing.images import configure_pillow, read_image
 from plumbing.runs import Run, read_run
 from util import ID, PROB, InputError
 
@@ -97,6 +97,7 @@ def show_maps(args: argparse.Namespace, run: Run, paths: dict[str, Path]) -> Pat
     way, task = check_way(args.way or default_way(network), network), run.task
     table = read_meta(args, list(paths), single.meta_columns())
     output, written, rows = open_output(args.output, "predictions.json", args.overwrite, {}), ["maps.csv"], []
+    n_read = 0
     with tqdm(total=len(paths), unit="image") as bar:
         for images in read_chunks(paths, table, single, args.on_error):
             probs, maps = map_classes(single, images, way)
@@ -113,11 +114,14 @@ def show_maps(args: argparse.Namespace, run: Run, paths: dict[str, Path]) -> Pat
                     draw_maps(output / f"{name}.png", np.asarray(image), name, size, view, found)
                     written.append(f"{name}.png")
             bar.update(len(images.paths))
+            n_read += len(images.paths)
+    if not n_read:
+        raise InputError("none of the images could be read; pass others")
     columns = [ID, "class", "probability", "box", *CORNERS, "confidence"]
     write_table(output / "maps.csv", pd.DataFrame(rows, columns=columns))
     facts = {"run": args.run.resolve(), "way": way, "sha256": {name: sha256(output / name) for name in written}}
     finish_output(output, "predictions.json", facts | provenance())
-    print(f"{len(paths)} images, {len(rows)} boxes; wrote {output}")
+    print(f"{n_read} images, {len(rows)} boxes; wrote {output}")
     return output
 
 
@@ -129,13 +133,10 @@ def main(args: argparse.Namespace) -> Path:
     paths = dict(list(list_images(args.images).items())[: args.limit])
     if args.output.resolve() in {path.resolve().parent for path in paths.values()}:
         raise InputError(f"--output {args.output} holds the images; pass another folder")
+    note_seen(run, paths)
     if args.maps:
         return show_maps(args, run, paths)
     predictor = open_predictor(run, pick_device(args.device), args.tta, args.amp)
-    seen = paths.keys() & set(run.table("oof.csv")[ID].map(name_key))
-    if seen:
-        print(f"{len(seen)} images have names of training images, which networks of this run have seen; "
-              f"{args.run / 'oof.csv'} has their held-out predictions")  # fmt: skip
     table = read_meta(args, list(paths), predictor.meta_columns())
     output, written = open_output(args.output, "predictions.json", args.overwrite, {}), ["predictions.csv"]
     tables, each_box = [], []

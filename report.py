@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from itertools import islice
 from pathlib import Path
 
@@ -30,18 +31,18 @@ import dataset
 import models
 import util
 from calibration import calibrated
-from localize import upsample
-from maps import WAYS, check_way, default_way
+from localize import GRID, blank_meta, upsample
+from maps import WAYS, default_way
 from plumbing import html
 from plumbing.arrays import array_path, open_array
 from plumbing.cells import make_cells
 from plumbing.data import CORNERS, Data, read_data, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_confusion, draw_curves, draw_precision, draw_predictions, draw_reliability
-from plumbing.files import atomic, check_hashes
+from plumbing.files import atomic, check_hashes, read_json
 from plumbing.gates import draw_gates
 from plumbing.images import frame_of
-from plumbing.runs import Run, read_run, score_line
+from plumbing.runs import STACK, Run, read_run, score_line
 from scores import bootstrap_weights, interval, rank_in_fold
 from tasks import Task, score_folds
 from util import BOX_SIDE, FOLD, ID, InputError
@@ -79,6 +80,11 @@ class Subject:
         runs = [self.run] if not self.run.is_blend else [member for member, _ in self.run.members()]
         folders = [Path(run.config["args"]["crop_dir"]) for run in runs if run.config.get("crop")]
         return next((folder for folder in folders if (folder / "crop.json").exists()), None)
+
+    @cached_property
+    def pictures(self) -> "Pictures":
+        """Thumbnails of the rows."""
+        return Pictures(self)
 
     @cached_property
     def boxes(self) -> pd.DataFrame | None:
@@ -165,6 +171,7 @@ def calibration(s: Subject) -> str:
     rows = [[when, fit[when]["ece"], fit[when]["brier"]] for when in ("before", "after")]
     text = html.table(["calibration", "expected error", "Brier"], rows)
     text += html.drawing(draw_reliability(s.task, s.target, s.prob, s.sure), "Share of positives by probability")
+    text += "<p>The table is of rows that the calibration was not learned from; the picture's has seen all of them.</p>"
     head = ["label", "threshold for", "threshold", "sensitivity", "specificity"]
     rows = [[label, name, *(value[key] for key in head[2:])] for label, each in fit["thresholds"].items()
             for name, value in each.items()]  # fmt: skip
@@ -180,6 +187,8 @@ def subgroups(s: Subject) -> dict[str, np.ndarray]:
         table[BOX_SIDE] = (s.boxes["x1"] - s.boxes["x0"]) / s.table[["width", "height"]].min(axis=1)
     found = {}
     for column, values in table.items():
+        if pd.api.types.is_numeric_dtype(values):
+            values = values.where(np.isfinite(values))
         if values.nunique() <= MOST_VALUES:
             some = sorted(values.dropna().unique(), key=str)
             found |= {f"{column} = {value}": (values == value).to_numpy() for value in some}
@@ -281,14 +290,16 @@ def disagreeing_groups(s: Subject) -> str:
     """Groups whose images are predicted, or labelled, most differently."""
     if s.data.facts["group_col"] is None:
         return ""
-    labels = [s.task.describe(target) for target in s.target]
-    frame = pd.DataFrame({"group": s.group, "value": s.prob.max(axis=1), "label": labels})
-    found = frame.groupby("group").agg(images=("value", "size"), low=("value", "min"), high=("value", "max"),
-                                       labels=("label", "nunique"))  # fmt: skip
-    found = found[found["images"] > 1].assign(spread=found["high"] - found["low"]).nlargest(SHOWN, "spread")
-    rows = [[name.partition(":")[2], int(row["images"]), row["low"], row["high"], int(row["labels"])]
-            for name, row in found.iterrows()]  # fmt: skip
-    return html.table(["group", "images", "lowest", "highest", "different labels"], rows) if rows else ""
+    prob, labels = pd.DataFrame(s.prob, columns=s.task.names), [s.task.describe(target) for target in s.target]
+    each, rows = prob.groupby(s.group), []
+    spread, sizes = each.max() - each.min(), each.size()
+    kinds = pd.Series(labels).groupby(s.group).nunique()
+    for name in spread.max(axis=1)[sizes > 1].nlargest(SHOWN).index:
+        most = spread.loc[name].idxmax()
+        low, high = (float(getattr(each[most], end)()[name]) for end in ("min", "max"))
+        rows.append([name.partition(":")[2], int(sizes[name]), str(most), low, high, int(kinds[name])])
+    head = ["group", "images", "most different in", "lowest", "highest", "different labels"]
+    return html.table(head, rows) if rows else ""
 
 
 # ---------------------------------------------------------------- pictures
@@ -301,7 +312,7 @@ class Pictures:
         self.crops = self.maps = None
         if s.crop_dir is not None:
             self.crops = open_array(array_path(s.crop_dir, "train", size), len(s.data.train))
-            path = s.crop_dir / "train_attention.npy"
+            path, self.frame = s.crop_dir / "train_attention.npy", read_json(s.crop_dir / "crop.json")["frame"]
             self.maps = open_array(path, len(s.data.train), dtype=np.float32) if path.exists() else None
 
     def explain(self, rows: np.ndarray) -> dict[int, np.ndarray]:
@@ -312,8 +323,8 @@ class Pictures:
         for k in np.unique(s.fold[rows]):
             network, content = models.load_checkpoint(s.run.checkpoint(int(k)), s.device)
             own = rows[s.fold[rows] == k]
-            meta = torch.zeros(1, content["spec"]["meta_dim"])
-            explainer = WAYS[check_way(default_way(network), network)](network, meta.numpy(), s.task.evidence)
+            way, evidence = default_way(network), s.task.evidence
+            explainer = WAYS[way](network, blank_meta(content), evidence)  # of what it says without metadata
             image = torch.from_numpy(self.whole[s.rows[own]]).permute(0, 3, 1, 2).to(s.device)
             try:
                 maps = [explainer.attention(part, 1).detach().float().cpu().numpy() for part in image.split(16)]
@@ -327,16 +338,21 @@ class Pictures:
         s, text = self.s, []
         maps = {row: self.maps[s.rows[row]] for row in rows} if self.maps is not None else self.explain(rows)
         for row in rows:
+            size = tuple(s.table[["width", "height"]].iloc[row].tolist())
+            left, top, right, _ = frame_of(*size, s.data.facts["frame"])
             image = cv2.resize(self.whole[s.rows[row]], (THUMB, THUMB), interpolation=cv2.INTER_AREA)
             parts = [image]
             if s.boxes is not None:
-                box, size = s.boxes.iloc[row], tuple(s.table[["width", "height"]].iloc[row])
-                left, top, right, _ = frame_of(*size, s.data.facts["frame"])
-                corners = (box[CORNERS].to_numpy(float) - [left, top, left, top]) * THUMB / (right - left)
+                corners = s.boxes.iloc[row][CORNERS].to_numpy(float) - [left, top, left, top]
+                corners = corners * THUMB / (right - left)
                 x0, y0, x1, y1 = np.rint(corners).astype(int).tolist()
                 parts = [cv2.rectangle(image.copy(), (x0, y0), (x1 - 1, y1 - 1), (0, 255, 0), 1)]
             if row in maps:
-                raster = upsample(maps[row], THUMB)
+                x, y, end, _ = frame_of(*size, s.data.facts["frame"] if self.maps is None else self.frame)
+                unit = THUMB / (right - left)  # of pixels of the original; a scout's map covers another square
+                moved = np.array([[unit * (end - x) / GRID, 0, unit * (x - left)], [0, 0, unit * (y - top)]])
+                moved[1, 1] = moved[0, 0]
+                raster = cv2.warpAffine(upsample(maps[row]), moved, (THUMB, THUMB))
                 level = np.uint8(255 * np.clip(raster / max(raster.max(), 1e-12), 0, 1))
                 colour = cv2.applyColorMap(level, cv2.COLORMAP_INFERNO)[..., ::-1]
                 parts.append(cv2.addWeighted(image, 0.45, np.ascontiguousarray(colour), 0.55, 0))
@@ -353,13 +369,13 @@ class Pictures:
 
 def errors_section(s: Subject) -> str:
     """The worst errors of each kind."""
-    pictures = Pictures(s)
-    return "".join(f"<h3>{kind}</h3>{pictures.show(rows)}" for kind, rows in worst_errors(s).items() if len(rows))
+    kinds = {kind: rows for kind, rows in worst_errors(s).items() if len(rows)}
+    return "".join(f"<h3>{escape(kind)}</h3>{s.pictures.show(rows)}" for kind, rows in kinds.items())
 
 
 def uncertain_section(s: Subject) -> str:
     """The least certain rows."""
-    return Pictures(s).show(least_certain(s))
+    return s.pictures.show(least_certain(s))
 
 
 # ---------------------------------------------------------------- what it is made of
@@ -414,9 +430,14 @@ SECTIONS: dict[str, Callable[[Subject], str]] = {
 
 # ---------------------------------------------------------------- checks
 def check_data(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
-    """The folds are those of the run, and the arrays are as hashed."""
+    """The folds are those of the run, its tables and the arrays are as hashed."""
+    tables = dict(run.metrics["sha256"])
+    if run.config.get("stack"):
+        tables[STACK] = run.config["stack"]["sha256"]
+    check_hashes(run.path, tables, "train or blend again")
     check_hashes(data.directory, data.facts["sha256"], "preprocess and train again")
-    return run.config["inputs"]["folds"] == data.folds_sha256, f"folds and {len(data.facts['sha256'])} files as hashed"
+    same = run.config["inputs"]["folds"] == data.folds_sha256
+    return same, f"folds, and {len(data.facts['sha256']) + len(tables)} files as hashed"
 
 
 def check_scores(run: Run, data: Data, device: torch.device) -> tuple[bool, str]:
@@ -428,8 +449,11 @@ def check_scores(run: Run, data: Data, device: torch.device) -> tuple[bool, str]
     again, same = score_folds(data.task, oof, data.group, run.folds, run.metrics["ranks"]), True
     for part in again.keys() & {"pooled", "ranked"}:
         for key, value in again[part].items():
-            both = [list(x.values()) if isinstance(x, dict) else x for x in (value, run.metrics[part][key])]
-            same &= np.allclose(*(np.array(x, float) for x in both), equal_nan=True)
+            kept = run.metrics[part][key]
+            if isinstance(value, dict):  # of each class; JSON sorts them
+                same &= value.keys() == kept.keys()
+                value, kept = ([each[name] for name in value if name in kept] for each in (value, kept))
+            same &= np.allclose(np.array(value, float), np.array(kept, float), equal_nan=True)
     found = score_line(run.name, again).partition("oof ")[2]
     return known and complete and same, f"{len(oof)} held-out rows, out of fold {found}"
 
@@ -460,16 +484,16 @@ def check_all(run: Run, data_dir: Path | None, device: torch.device) -> list[tup
     """(whether it holds, what was checked) of a run and the members of a blend, printed as they come."""
     runs, found = [run], []
     for one in runs:  # grows by the members of blends
-        data = read_data(data_dir or Path(one.config["args"]["data_dir"]))
         for check in (check_data, check_scores, check_networks):
             try:
-                good, text = check(one, data, device)
+                good, text = check(one, read_data(data_dir or Path(one.config["args"]["data_dir"])), device)
             except (InputError, OSError, KeyError) as error:
                 good, text = False, f"{error}"
             found.append((good, f"{one.name}, {check.__name__[6:]}: {text}"))
             print(("ok    " if good else "WRONG ") + found[-1][1])
         known = {other.path.resolve() for other in runs}
-        runs += [member for member, _ in one.members() if member.path.resolve() not in known] if one.is_blend else []
+        if one.is_blend and found[-1][0]:
+            runs += [member for member, _ in one.members() if member.path.resolve() not in known]
     return found
 
 
@@ -494,7 +518,7 @@ def main(args: argparse.Namespace) -> Path:
         temporary.write_text(html.page(f"{run.name}: report", sections), encoding="utf-8")
     print(f"{len(checked)} checks, wrote {path}")
     if wrong:
-        raise InputError(f"{len(wrong)} checks failed: {wrong[0]}")
+        raise InputError(f"{len(wrong)} checks failed: {wrong[0]}; see {path}")
     return path
 
 

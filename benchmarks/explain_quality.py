@@ -6,7 +6,7 @@
 
 judge: a row for each way of maps.py, for stored maps of crop.py (--crop_dir) and for two controls, a random map and one
 of the centre; held-out images whose object is known, each by the network of its fold; the map is the one that crop.py
-uses. Columns:
+uses, of one view. Columns:
 
     pointing    share of the images in which the map's highest place lies on the object
     energy      share of the map on the object
@@ -220,12 +220,17 @@ def judge_rows(make, network, task, meta: np.ndarray, rows: np.ndarray, stored: 
 def judge(args: argparse.Namespace) -> None:
     """Print the table."""
     run = read_run(args.run)
+    for words in args.ways or ():
+        if words.partition(":")[0] not in WAYS:
+            raise InputError(f"--ways {words}: the ways are {', '.join(WAYS)}; pass some of these")
     single, data = Single(run, torch.device("cpu"), fold=False), read_data(Path(run.config["args"]["data_dir"]))
     if single.scout is not None or run.config["crop"] is not None:
         raise InputError(f"{args.run} does not look at whole small images; pass one that does")
     objects, stored = find_objects(data, args), Rows(data.array_path("train"), len(data.train))
     fold, ways, found = data.train[FOLD].to_numpy(), make_ways(args, single, len(data.train)), {}
     known = [row for row in sorted(objects) if fold[row] in single.networks]
+    if not known:
+        raise InputError("no held-out image has an object; check --label or --mask_dir")
     chosen = np.random.default_rng(0).permutation(known)[: args.limit]
     for k, network in single.networks.items():
         rows, meta = chosen[fold[chosen] == k], single.encoders[k].encode(pd.DataFrame(index=[0]))

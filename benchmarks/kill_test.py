@@ -112,6 +112,12 @@ def list_stages() -> list[Stage]:
         Stage("train fsg_vit", ["train.py", "--model", "fsg_vit", *fit, "--backbone", "vit_tiny"]),
         Stage("ensemble", ["ensemble.py", "weights"]),
         Stage("predict", ["predict.py", "--run", "runs/ensemble", "--limit", "6", "--device", "cpu", "input/images"]),
+        Stage("features", ["features.py", "--run", "runs/chipnet", "--device", "cpu", "--t_class", "0"]),
+        Stage("stack", ["ensemble.py", "stack", "--name", "stack", "--runs", "chipnet", "cropnet", "--features",
+                        "features"]),
+        Stage("maps", ["predict.py", "--run", "runs/chipnet", "--limit", "6", "--device", "cpu", "--output", "maps",
+                       "--maps", "input/images"]),
+        Stage("report", ["report.py", "runs/stack", "--device", "cpu"]),
     ]  # fmt: skip
 
 

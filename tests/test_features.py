@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import call, read
+from conftest import call
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 from torchvision.ops import roi_align
@@ -17,6 +17,7 @@ from plumbing.backbones import run_backbone
 from plumbing.data import read_data
 from plumbing.images import read_crops, read_square
 from plumbing.runs import read_run
+from util import InputError
 
 CPU = torch.device("cpu")
 LAYER = "trunk_output"
@@ -26,7 +27,7 @@ def extract(runs_dir, folder, *words, run="resnet"):
     """Tables and vectors by split."""
     words = ["--t_class", 0, *words] if "--t_class" not in words else words
     call("features", "--run", runs_dir / run, "--output_dir", folder, "--device", "cpu", *words)
-    return {path.stem: (read(path), np.load(path.with_suffix(".npy"))) for path in folder.glob("*.csv")}
+    return {path.stem: (places.read_rows(path), np.load(path.with_suffix(".npy"))) for path in folder.glob("*.csv")}
 
 
 def of_image(runs_dir, data_dir, name):
@@ -153,3 +154,33 @@ def test_a_stopped_call_goes_on_and_ends_in_the_same_files(runs_dir, source, tmp
     for name in ("images.npy", "images.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == ["features.json", "images.csv", "images.npy"]
+
+
+def test_images_without_a_class_have_no_rows_and_a_stack_knows_nothing_of_them(runs_dir, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 3)
+    prob = extract(runs_dir, tmp_path / "all", source / "images")["images"][0]["probability"]
+    middle = float(prob.quantile(0.9))  # so that some chunks have no row
+    rows, vectors = extract(runs_dir, tmp_path / "some", "--t_class", middle, source / "images")["images"]
+    assert 0 < len(rows) == (prob >= middle).sum() == len(vectors)
+    keys = rows[["image_name", "fold"]].assign(fold=7)
+    none = places.widen(rows, vectors, keys, ("1",), vectors.shape[1])
+    assert (none.shape, np.isnan(none).all()) == ((len(rows), vectors.shape[1]), True)
+    own = rows[["image_name", "fold"]]
+    assert np.array_equal(places.widen(rows, vectors, own, ("1",), vectors.shape[1]), vectors)
+    empty = places.widen(rows[:0], places.NOTHING, keys, ("1",), vectors.shape[1])
+    assert np.isnan(empty).all()
+
+
+def test_nothing_of_others_is_replaced_and_nothing_of_other_images_goes_on(runs_dir, source, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "train.csv").write_text("a\n1\n")
+    with pytest.raises(InputError, match="train.csv"):
+        extract(runs_dir, tmp_path / "mine")
+    assert (tmp_path / "mine" / "train.csv").read_text() == "a\n1\n"
+    images = sorted((source / "images").iterdir())
+    monkeypatch.setattr(features, "join_parts", None)  # stopped before the end
+    with pytest.raises(TypeError):
+        extract(runs_dir, tmp_path / "f", *images[:3])
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="images"):
+        extract(runs_dir, tmp_path / "f", *images[3:6])

@@ -178,6 +178,22 @@ def test_original_rule_is_the_union_box_above_the_threshold():
     assert (np.mean(np.nonzero(single == single.max()), axis=1) + 0.5).tolist() == [2.5 * 32, 5.5 * 32]
 
 
+# ---------------------------------------------------------------- boxes of a class
+def test_boxes_of_a_class_surround_its_parts_in_the_image_best_first():
+    evidence, view = np.full((8, 8), -1.0), (0, -100, 400, 300)  # a picture of 400 x 200 px on its square
+    evidence[3, 1] = evidence[4, 1] = 3
+    evidence[4, 6] = 2
+    evidence[0, 3] = 9  # on the padding
+    first, second = localize.class_boxes(evidence, view, (400, 200), 0.5)
+    assert (first.x0 < 75 < first.x1, first.y0 < 100 < first.y1) == (True, True)
+    assert second.x0 < 325 < second.x1
+    assert 1 > first.confidence > second.confidence > 0
+    assert localize.class_boxes(evidence, view, (400, 200), 0.9)[0].side < first.side
+    for nothing in (np.ones((8, 8)), np.zeros((8, 8)), -np.ones((8, 8))):  # all alike, nothing, all against it
+        assert localize.class_boxes(nothing, view, (400, 200), 0.5) == []
+    assert localize.seen_part((0, -410, 1000, 590), (1000, 180), 2).any()  # a thin picture on a coarse map
+
+
 # ---------------------------------------------------------------- Finder
 def test_finder_loads_what_crop_py_used_and_nothing_else(runs_dir):
     folder = runs_dir / "cropnet" / "finder"
