@@ -15,6 +15,7 @@ demo: .venv/installed
 	$(RUN) preprocess.py --output_dir demo/data
 	$(MAKE) --jobs 2 demo_cropnet demo_resnet demo_vit demo_pattern
 	$(RUN) ensemble.py weights --runs_dir demo/runs
+	$(RUN) report.py demo/runs/ensemble
 	$(RUN) example_data/overview.py --demo_dir demo
 
 # side by side, since networks so small gain nothing by a second thread
