@@ -120,10 +120,10 @@ def compare(blends: dict, target: np.ndarray, group: np.ndarray) -> dict[str, tu
 def main(args: argparse.Namespace) -> None:
     """Train, compare, print."""
     data = read_data(args.data_dir)
-    if len(set(args.seeds)) < 2:
-        raise InputError("--seeds: the control is a blend of two seeds; name at least two")
+    if len(set(args.seeds)) < 2 or "full" not in args.arms:
+        raise InputError("the control is a blend of two seeds of full; name at least two --seeds, and full in --arms")
     absent = {"oracle": args.oracle_dir is None, "large": args.large_dir is None}
-    arms = [arm for arm in ARMS if not absent.get(arm)]
+    arms = [arm for arm in ARMS if arm in args.arms and not absent.get(arm)]
     found = {arm: [ranks(train(arm, seed, data, args), data) for seed in args.seeds] for arm in arms}
     target, group, fold = data.train[TARGET].to_numpy(), data.group.to_numpy(), data.train[FOLD].to_numpy()
     parts, mask_dir = {"all": np.ones(len(target), dtype=bool)}, lesions.find_mask_dir(data, args.mask_dir)
@@ -149,6 +149,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--large_dir", type=Path, help="the same data, larger: the control of equal cost")
     add("--mask_dir", type=Path, help="NAME.png by image [masks/ by the images]")
     add("--runs_dir", type=Path, default=Path("runs/crop_gain"), help="of the arms")
+    add("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), help="full, the control, must be one")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="at least two")
     add("--train_flags", type=shlex.split, default=[], help="for train.py, as one word: --train_flags='--epochs 3'")
     return parser

@@ -107,6 +107,10 @@ def test_gain_table(data_dir, runs_dir, mask_dir, tmp_path, capsys, monkeypatch)
     assert table["full"][:2] == [f"{auc:.3f}", "0.000"]
     assert table[crop_gain.CONTROL][0] == f"{auc:.3f}"  # twice the same net
     assert "full + crop" in table
+    assert "full + fusion" in table
+    run(crop_gain, *words, "--seeds", 0, 1, "--arms", "full", "crop")
+    fewer = table_of(capsys.readouterr().out.partition("small:")[0])
+    assert fewer == {name: row for name, row in table.items() if "fusion" not in name}
 
 
 def test_ablation_pairs_arms_and_repeats_nothing(tmp_path, capsys):
