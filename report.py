@@ -105,7 +105,8 @@ def about(s: Subject) -> str:
              "groups": len(np.unique(s.group)), "folds": ", ".join(map(str, s.run.folds))}  # fmt: skip
     keys = ("mode", "model", "backbone", "weights", "epochs", "batch_size", "lr", "head_lr", "loss", "augment", "seed")
     facts |= {key: args[key] for key in keys if args.get(key) is not None}
-    facts |= {"versions": ", ".join(f"{k} {v}" for k, v in s.run.config.get("versions", {}).items()),
+    facts |= {"commit": s.run.config.get("commit"),
+              "versions": ", ".join(f"{k} {v}" for k, v in s.run.config.get("versions", {}).items()),
               "command": " ".join(map(str, s.run.config.get("argv", [])))}  # fmt: skip
     return html.facts({key: str(value) for key, value in facts.items() if value not in ("", None)})
 
