@@ -397,7 +397,7 @@ def crops_section(s: Subject) -> str:
         return ""
     side = (s.boxes["x1"] - s.boxes["x0"]) / s.table[["width", "height"]].min(axis=1)
     share = side.quantile([0.05, 0.25, 0.5, 0.75, 0.95])
-    reasons = s.boxes["fallback"].fillna("cropped").value_counts()
+    reasons = s.boxes["fallback"].astype(object).fillna("cropped").value_counts()
     text = html.table(["side over the short side", *(f"{q:.0%}" for q in share.index)], [["", *share.tolist()]])
     text += html.table(["crop", "images"], [[name, int(count)] for name, count in reasons.items()])
     montage = cv2.imread(str(s.crop_dir / "montage.png"))
