@@ -51,7 +51,7 @@ SAMPLE = 16  # held-out rows of each fold that are predicted again
 TOLERANCE = 1e-3  # of probabilities: batches of another size round otherwise
 SAMPLES = 300  # bootstrap samples of a subgroup
 MOST_VALUES = 12  # of a metadata column whose values are subgroups; numbers with more are cut into BANDS
-BANDS, FEWEST_ROWS = 4, 10  # of numbers; rows of a subgroup that is shown
+BANDS, FEWEST_ROWS = 4, 20  # of numbers; rows of a subgroup that is shown
 SHOWN, THUMB = 20, 112  # pictures of a kind, and their side in pixels
 OWN_KINDS = 6  # classes up to which each has worst errors of its own
 
@@ -222,7 +222,8 @@ def by_subgroup(s: Subject) -> str:
         return ""
     text = html.table(["subgroup", "rows", s.task.metric, "95 %", "than the whole"], rows, marks)
     return (text + f"<p>All rows: {whole:.3f}. Marked: the interval excludes that; of {len(rows)} subgroups about "
-            f"{0.05 * len(rows):.1f} would be by chance.</p>")  # fmt: skip
+            f"{0.05 * len(rows):.1f} would be by chance. Intervals of small "
+            "subgroups are too narrow.</p>")  # fmt: skip
 
 
 def worst_errors(s: Subject) -> dict[str, np.ndarray]:
