@@ -54,9 +54,9 @@ def original_pool(regions, cells):
     return np.stack([grid[:, a:b].mean(axis=1) for a, b in edges], axis=1).reshape(len(grid), -1)
 
 
-@pytest.mark.parametrize("pool", [(), ("--pool", "original"), ("--pool", "original", "--cells", 2)])
+@pytest.mark.parametrize("pool", [(), *(("--pool", "original", "--cells", cells) for cells in (1, 2, 4))])
 def test_routes_are_their_definitions(runs_dir, data_dir, tmp_path, pool):
-    cells = 2 if "--cells" in pool else 1
+    cells = pool[-1] if pool else 1
 
     def expected(regions):
         return original_pool(regions, cells) if pool else regions.mean(dim=(2, 3)).numpy()
