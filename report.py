@@ -39,7 +39,7 @@ from plumbing.cells import make_cells
 from plumbing.data import CORNERS, Data, read_data, read_table
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_confusion, draw_curves, draw_precision, draw_predictions, draw_reliability
-from plumbing.files import atomic, check_hashes, read_json
+from plumbing.files import atomic, check_hashes, read_json, remove
 from plumbing.gates import draw_gates
 from plumbing.images import frame_of
 from plumbing.runs import STACK, Run, read_run, score_line
@@ -516,6 +516,7 @@ def main(args: argparse.Namespace) -> Path:
         if not wrong:
             raise  # else what cannot be read is among what is wrong
     sections["Checks"] = html.table(["", "what was checked"], rows, marks)
+    remove(run.path, "report.html.*.tmp")  # of a killed call
     with atomic(path) as temporary:
         temporary.write_text(html.page(f"{run.name}: report", sections), encoding="utf-8")
     print(f"{len(checked)} checks, wrote {path}")
