@@ -375,11 +375,6 @@ def errors_section(s: Subject) -> str:
     return "".join(f"<h3>{escape(kind)}</h3>{s.pictures.show(rows)}" for kind, rows in kinds.items())
 
 
-def uncertain_section(s: Subject) -> str:
-    """The least certain rows."""
-    return s.pictures.show(least_certain(s))
-
-
 # ---------------------------------------------------------------- what it is made of
 def gates_section(s: Subject) -> str:
     """Gates and prune curves of every fold."""
@@ -424,7 +419,7 @@ def members_section(s: Subject) -> str:
 SECTIONS: dict[str, Callable[[Subject], str]] = {
     "What was trained": about, "Scores": scores_of, "Folds": folds_of, "Training": curves, "Predictions": shape,
     "Calibration": calibration, "Subgroups": by_subgroup, "Worst errors": errors_section,
-    "Least certain": uncertain_section, "Labels that may be wrong": labels_section,
+    "Least certain": lambda s: s.pictures.show(least_certain(s)), "Labels that may be wrong": labels_section,
     "Groups whose images disagree": disagreeing_groups, "Gates": gates_section, "Crops": crops_section,
     "Members": members_section,
 }  # fmt: skip
