@@ -33,7 +33,7 @@ from plumbing.backbones import find_stages, run_backbone
 from plumbing.cells import split
 from plumbing.data import MetaEncoder
 from plumbing.files import check_hashes
-from plumbing.images import Frame, frame_of, inside
+from plumbing.images import Frame, frame_of, inside, inside_view
 from tasks import task_of
 from util import InputError
 
@@ -410,10 +410,8 @@ def find_boxes(attention: np.ndarray, image_size: tuple[int, int], n_boxes: int 
 def seen_part(view: tuple, image_size: tuple[int, int], cells: int) -> np.ndarray:
     """Which cells of a map (cells, cells) of the square `view` (x0, y0, x1, y1) lie in the image, at least one each
     way: bool."""
-    part, seen = cells / (view[2] - view[0]), np.zeros((cells, cells), bool)
-    ends = [(-view[1], image_size[1] - view[1]), (-view[0], image_size[0] - view[0])]
-    ends = [np.clip(np.rint(np.array(pair) * part), 0, cells).astype(int) for pair in ends]
-    seen[tuple(slice(min(start, end - 1), end) for start, end in ends)] = True
+    seen = np.zeros((cells, cells), bool)
+    seen[inside_view(image_size, view, cells)] = True
     return seen
 
 

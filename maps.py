@@ -200,8 +200,9 @@ def default_way(network: nn.Module) -> str:
     return "rollout" if attention_modules(network.backbone) else "cam"
 
 
-def check_way(way: str, network: nn.Module) -> str:
-    """The way; raises InputError if it is not for such a network."""
+def choose_way(way: str | None, network: nn.Module) -> str:
+    """The way asked for, or the default; raises InputError if it is not for such a network."""
+    way = way or default_way(network)
     if (way == "attention") != hasattr(network, "take_in"):
         raise InputError(f"maps by {way} are not for this network; pass {default_way(network)}")
     return way

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from localize import Box, class_boxes, seen_part
-from maps import WAYS, check_way, default_way, every, feature_layer, read_features
+from maps import WAYS, choose_way, every, feature_layer, read_features
 from plumbing.backbones import find_stages
 from plumbing.data import CORNERS
 from plumbing.images import read_crops
@@ -90,7 +90,7 @@ class Extractor:
     def __init__(self, single, args: argparse.Namespace):
         single.check_sees_one()
         network = next(iter(single.networks.values()))
-        self.single, self.args, self.way = single, args, check_way(args.way or default_way(network), network)
+        self.single, self.args, self.way = single, args, choose_way(args.way, network)
         self.ways = {k: WAYS[self.way](network) for k, network in single.networks.items()}
         image = torch.zeros(1, 3, single.size, single.size, dtype=torch.uint8, device=single.device)
         name = "" if self.way == "attention" else feature_layer(network, image)

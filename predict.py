@@ -27,7 +27,7 @@ import util
 from calibration import calibrated
 from inference import Images, Look, Single, list_images, note_seen, open_predictor, read_chunks, read_meta
 from localize import class_boxes, upsample
-from maps import WAYS, check_way, default_way, every
+from maps import WAYS, choose_way, every
 from plumbing.data import CORNERS
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_picture, draw_row, new_figure, save_figure
@@ -39,10 +39,15 @@ from util import ID, PROB, InputError
 THUMBNAIL = 448  # longest side, in pixels, of the picture an image is drawn from
 
 
+def read_thumbnail(path: Path) -> np.ndarray:
+    """Picture of an image: uint8 (H, W, 3), at most THUMBNAIL pixels long."""
+    image = read_image(path, THUMBNAIL)[0]
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
 def draw(path: Path, images: Images, row: int, look: Look | None, words: str) -> None:
     """Save the picture of one image; words: the prediction."""
-    image = read_image(images.paths[row], THUMBNAIL)[0]
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
     figure = new_figure(figsize=(9, 3.2))
     axes, parts = figure.subplots(1, 3), (None, None, None)
     if look is not None:
@@ -50,9 +55,8 @@ def draw(path: Path, images: Images, row: int, look: Look | None, words: str) ->
         parts = look.boxes[row], upsample(look.maps[row]), crops, look.frame
         axes[1].set_title(look.boxes[row][0].reason or "attention", fontsize=9)
         axes[2].set_title("crop", fontsize=9)
-    draw_row(axes, np.asarray(image), images.sizes[row], *parts)
+    draw_row(axes, read_thumbnail(images.paths[row]), images.sizes[row], *parts)
     axes[0].set_title(f"{images.table[ID].iloc[row]}: {words}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(path, figure)
 
 
@@ -81,7 +85,6 @@ def draw_maps(path: Path, image: np.ndarray, name: str, size: tuple, view: tuple
             axis.text(box.x0 * image.shape[1] / size[0], box.y0 * image.shape[0] / size[1], f"{box.confidence:.2f}",
                       color="lime", fontsize=8, verticalalignment="bottom")  # fmt: skip
         axis.set_title(f"{label} {prob:.3f}" + ("" if boxes else ": the map says nothing"), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_figure(path, figure)
 
 
@@ -94,10 +97,9 @@ def show_maps(args: argparse.Namespace, run: Run, paths: dict[str, Path]) -> Pat
     single = Single(run, pick_device(args.device), fold=False)
     single.check_sees_one()
     network = next(iter(single.networks.values()))
-    way, task = check_way(args.way or default_way(network), network), run.task
+    way, task = choose_way(args.way, network), run.task
     table = read_meta(args, list(paths), single.meta_columns())
     output, written, rows = open_output(args.output, "predictions.json", args.overwrite, {}), ["maps.csv"], []
-    n_read = 0
     with tqdm(total=len(paths), unit="image") as bar:
         for images in read_chunks(paths, table, single, args.on_error):
             probs, maps = map_classes(single, images, way)
@@ -109,19 +111,16 @@ def show_maps(args: argparse.Namespace, run: Run, paths: dict[str, Path]) -> Pat
                 rows += [(name, label, p, number, *box.corners, box.confidence)
                          for label, p, _, boxes in found for number, box in enumerate(boxes)]  # fmt: skip
                 if args.pictures:
-                    image = read_image(path, THUMBNAIL)[0]
-                    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-                    draw_maps(output / f"{name}.png", np.asarray(image), name, size, view, found)
+                    draw_maps(output / f"{name}.png", read_thumbnail(path), name, size, view, found)
                     written.append(f"{name}.png")
             bar.update(len(images.paths))
-            n_read += len(images.paths)
-    if not n_read:
+    if not bar.n:
         raise InputError("none of the images could be read; pass others")
     columns = [ID, "class", "probability", "box", *CORNERS, "confidence"]
     write_table(output / "maps.csv", pd.DataFrame(rows, columns=columns))
     facts = {"run": args.run.resolve(), "way": way, "sha256": {name: sha256(output / name) for name in written}}
     finish_output(output, "predictions.json", facts | provenance())
-    print(f"{n_read} images, {len(rows)} boxes; wrote {output}")
+    print(f"{bar.n} images, {len(rows)} boxes; wrote {output}")
     return output
 
 

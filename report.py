@@ -16,7 +16,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -44,7 +44,7 @@ from plumbing.gates import draw_gates
 from plumbing.images import frame_of
 from plumbing.runs import STACK, Run, read_run, score_line
 from scores import bootstrap_weights, interval, rank_in_fold
-from tasks import Task, score_folds
+from tasks import score_folds
 from util import BOX_SIDE, FOLD, ID, InputError
 
 SAMPLE = 16  # held-out rows of each fold that are predicted again
@@ -116,9 +116,9 @@ def scores_of(s: Subject) -> str:
     main, task = s.metrics.get("ranked", s.metrics["pooled"]), s.task
     low, high = main[f"{task.metric}_interval"] or (None, None)
     rows = [[f"{task.metric} (main)", main[task.metric], f"{html.number(low)} to {html.number(high)}",
-             constant(task, task.metric, s.target)]]  # fmt: skip
+             constant(s, task.metric)]]  # fmt: skip
     pooled = s.metrics["pooled"]
-    rows += [[name, pooled[name], "", constant(task, name, s.target)] for name in task.metrics
+    rows += [[name, pooled[name], "", constant(s, name)] for name in task.metrics
              if name in pooled and name != task.metric]  # fmt: skip
     text = html.table(["out of fold", "score", "95 %", "constant prediction"], rows)
     if "ranked" in s.metrics:
@@ -130,11 +130,9 @@ def scores_of(s: Subject) -> str:
     return text
 
 
-def constant(task: Task, name: str, target: np.ndarray) -> float | None:
-    """Score of the best constant prediction: of the commonest class, or of the median."""
-    if (baseline := task.metrics[name].baseline) is not None:
-        return float(baseline(target[~np.isnan(target).all(axis=1)]))
-    return 0.5 if name == "auc" else None
+def constant(s: Subject, name: str) -> float | None:
+    """Score of the best constant prediction, as metrics.json has it."""
+    return s.metrics["pooled"].get(f"{name}_of_baseline", 0.5 if name == "auc" else None)
 
 
 def folds_of(s: Subject) -> str:
@@ -311,7 +309,7 @@ class Pictures:
     def __init__(self, s: Subject):
         self.s, size = s, s.data.size
         self.whole = open_array(s.data.array_path("train"), len(s.data.train), size)
-        self.crops = self.maps = None
+        self.crops, self.maps, self.explainers = None, None, {}
         if s.crop_dir is not None:
             self.crops = open_array(array_path(s.crop_dir, "train", size), len(s.data.train))
             path, self.frame = s.crop_dir / "train_attention.npy", read_json(s.crop_dir / "crop.json")["frame"]
@@ -323,10 +321,10 @@ class Pictures:
         if s.run.is_blend or s.run.config["crop"] is not None or models.MODELS[s.run.config["args"]["model"]].scouts:
             return {}
         for k in np.unique(s.fold[rows]):
-            network, content = models.load_checkpoint(s.run.checkpoint(int(k)), s.device)
-            own = rows[s.fold[rows] == k]
-            way, evidence = default_way(network), s.task.evidence
-            explainer = WAYS[way](network, blank_meta(content), evidence)  # of what it says without metadata
+            if k not in self.explainers:
+                network, content = models.load_checkpoint(s.run.checkpoint(int(k)), s.device)
+                self.explainers[k] = WAYS[default_way(network)](network, blank_meta(content), s.task.evidence)
+            own, explainer = rows[s.fold[rows] == k], self.explainers[k]
             image = torch.from_numpy(self.whole[s.rows[own]]).permute(0, 3, 1, 2).to(s.device)
             try:
                 maps = [explainer.attention(part, 1).detach().float().cpu().numpy() for part in image.split(16)]
@@ -481,9 +479,10 @@ def check_all(run: Run, data_dir: Path | None, device: torch.device) -> list[tup
     """(whether it holds, what was checked) of a run and the members of a blend, printed as they come."""
     runs, found = [run], []
     for one in runs:  # grows by the members of blends
+        data_of = cache(read_data)  # once per run: cells of its scout are kept in it
         for check in (check_data, check_scores, check_networks):
             try:
-                good, text = check(one, read_data(data_dir or Path(one.config["args"]["data_dir"])), device)
+                good, text = check(one, data_of(data_dir or Path(one.config["args"]["data_dir"])), device)
             except (InputError, OSError, KeyError) as error:
                 good, text = False, f"{error}"
             found.append((good, f"{one.name}, {check.__name__[6:]}: {text}"))

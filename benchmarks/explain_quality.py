@@ -40,6 +40,7 @@ import lesions
 import numpy as np
 import pandas as pd
 import torch
+from timing import fastest
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -48,7 +49,7 @@ import places
 import util
 from inference import Single
 from localize import GRID, upsample
-from maps import WAYS, GradCam, default_way, every, read_features
+from maps import WAYS, Explainer, GradCam, default_way, every, read_features
 from plumbing.arrays import Rows, open_array
 from plumbing.data import Data, read_data, read_table
 from plumbing.images import frame_of
@@ -186,7 +187,9 @@ def make_ways(args: argparse.Namespace, single: Single, n: int) -> dict:
 def judge_rows(make, network, task, meta: np.ndarray, rows: np.ndarray, stored: Rows, objects: dict, n_faith) -> list:
     """(pointing, energy, IoUs of boxes, IoUs of masks, deletion, insertion, likeness when shuffled, seconds) of every
     row by a network that did not learn from it; deletion and insertion of the first n_faith of them."""
-    source, scores = make(network, task, meta), []
+    source, others, scores = make(network, task, meta), [], []
+    if isinstance(source, Explainer):
+        others = [make(shuffled(network, part), task, meta) for part in PARTS]
 
     @torch.no_grad()
     def predict(image: torch.Tensor) -> np.ndarray:
@@ -200,9 +203,8 @@ def judge_rows(make, network, task, meta: np.ndarray, rows: np.ndarray, stored: 
         pictures = torch.from_numpy(images).permute(0, 3, 1, 2)
         begun = time.perf_counter()
         maps = source.attention(pictures, 1).detach().numpy()
-        seconds, changed = (time.perf_counter() - begun) / len(part), []
-        if isinstance(source, tuple(WAYS.values())):
-            changed = [make(shuffled(network, p), task, meta).attention(pictures, 1).detach().numpy() for p in PARTS]
+        seconds = (time.perf_counter() - begun) / len(part)
+        changed = [other.attention(pictures, 1).detach().numpy() for other in others]
         likeliest = predict(pictures)
         for i, row in enumerate(part):
 
@@ -285,15 +287,10 @@ def speed(args: argparse.Namespace) -> None:
             "a forward and a backward pass per class": (lambda: by_class(original), 1),
             "the same, backwards to the layer alone": (lambda: by_class(to_layer), 1)}  # fmt: skip
     assert all(torch.allclose(ours()[:1], way()[:1], atol=1e-4) for way, _ in ways.values())
-    seconds = np.empty((args.repeats, len(ways)))
-    for row in seconds:
-        for i, (way, n) in enumerate(ways.values()):
-            start = time.perf_counter()
-            way()
-            row[i] = (time.perf_counter() - start) / n
+    seconds = fastest([way for way, _ in ways.values()], args.repeats) / [n for _, n in ways.values()]
     print("| | per image | ratio |\n|---|---|---|")
-    for name, best in zip(ways, seconds.min(axis=0), strict=True):
-        print(f"| {name} | {1000 * best:.0f} ms | {best / seconds[:, 0].min():.1f} |")
+    for name, best in zip(ways, seconds, strict=True):
+        print(f"| {name} | {1000 * best:.0f} ms | {best / seconds[0]:.1f} |")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -24,13 +24,13 @@ References:
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
 import torch
+from timing import fastest
 from torch import nn
 from torchvision import models as tv
 from tqdm import tqdm
@@ -155,15 +155,10 @@ def speed(args: argparse.Namespace) -> None:
         rng = np.random.RandomState(0)
         with np.load(args.mnist / "train.npz", allow_pickle=False) as file:
             canvas, _ = draw_picture(list(file["x"][:DIGITS]), draw_patterns(rng), side, noise, rng)
-        picture, seconds = np.repeat(canvas[..., None], 3, axis=2), []
+        picture = np.repeat(canvas[..., None], 3, axis=2)
         ways = (lambda: select_patches(torch.from_numpy(picture).permute(2, 0, 1), stages, score),  # noqa: B023
                 lambda: scout_step(picture, scout))  # noqa: B023  # fmt: skip
-        for _ in range(args.repeats):
-            for way in ways:
-                start = time.perf_counter()
-                way()
-                seconds.append(time.perf_counter() - start)
-        theirs, ours = np.reshape(seconds, (-1, 2)).min(axis=0)
+        theirs, ours = fastest(ways, args.repeats)
         share = ways[1]() / side**2
         print(f"| {side} px, {noise} distractors | {theirs:.2f} s | {ours:.3f} s | {theirs / ours:.0f} | {share:.3f} |")
 

@@ -20,7 +20,8 @@ def new_figure(**options):
 
 
 def save_figure(path: Path, figure) -> None:
-    """Save a figure as PNG."""
+    """Save a figure as PNG, with the folders it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 

@@ -172,7 +172,12 @@ def frame_of(width: int, height: int, frame: Frame = "square") -> tuple[float, f
 
 def inside(image_size: tuple[int, int], frame: Frame, cells: int) -> tuple[slice, slice]:
     """Rows and columns of a raster (cells, cells) of what the networks see that lie in the image; all but padding."""
-    left, top, right, bottom = frame_of(*image_size, frame)
+    return inside_view(image_size, frame_of(*image_size, frame), cells)
+
+
+def inside_view(image_size: tuple[int, int], view: tuple, cells: int) -> tuple[slice, slice]:
+    """The same of a raster of any square `view` (x0, y0, x1, y1) of the original; one row and column at least."""
+    left, top, right, _ = view
     ends = [(-top, image_size[1] - top), (-left, image_size[0] - left)]
     ends = [np.clip(np.rint(np.array(pair) * cells / (right - left)), 0, cells).astype(int) for pair in ends]
     return tuple(slice(min(start, end - 1), end) for start, end in ends)
