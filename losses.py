@@ -5,6 +5,8 @@ row of a table below.
 
 References:
     Lin et al., Focal Loss for Dense Object Detection, ICCV 2017. Zhang et al., mixup, ICLR 2018.
+    Roffo et al., Feature Selection Gates with Gradient Routing, MICCAI 2024: the loss of sizes.
+    McCullagh, Regression Models for Ordinal Data, JRSS B 1980: the cumulative link.
 """
 
 import math
@@ -16,6 +18,10 @@ import torch
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import sigmoid_focal_loss
+
+from scores import bands_of
+
+STEEPNESS = 4.0  # of ordinal cross-entropy: one standard deviation above a cut is above it with probability .98
 
 
 def focal_loss(logit: torch.Tensor, goal: torch.Tensor, weight=1.0, gamma: float = 2.0) -> torch.Tensor:
@@ -37,10 +43,31 @@ def weighted(loss: Callable) -> Callable:
     return lambda logit, goal, weight=1.0: weight * loss(logit, goal, reduction="none")
 
 
+def weighted_size_loss(
+    logit: torch.Tensor, goal: torch.Tensor, weight=1.0, alpha: float = 0.25, beta: float = 0.25, gamma: float = 0.5
+) -> torch.Tensor:
+    """alpha |e| + beta e^2 + gamma smooth L1 of the error e in standard deviations. Roffo et al. 2024, whose weights of
+    sizes are `weight`."""
+    error = logit - goal
+    smooth = F.smooth_l1_loss(logit, goal, reduction="none")
+    return weight * (alpha * error.abs() + beta * error.square() + gamma * smooth)
+
+
+def cumulative_loss(logit: torch.Tensor, goal: torch.Tensor, weight=1.0, cuts: tuple = ()) -> torch.Tensor:
+    """Ordinal cross-entropy: mean over the cuts of the cross-entropy of lying above it. A cumulative link (McCullagh
+    1980) whose thresholds are the cuts themselves, so that the logit stays the standardised quantity."""
+    band = bands_of(goal, cuts)
+    each = [F.binary_cross_entropy_with_logits(STEEPNESS * (logit - cut), (band > j).to(logit), reduction="none")
+            for j, cut in enumerate(cuts)]  # fmt: skip
+    return weight * torch.stack(each).mean(dim=0)
+
+
 # by kind of output (tasks.py names them); the first row is what train.py takes by default
 OF_LABELS: dict[str, Callable] = {"focal": focal_loss, "bce": partial(focal_loss, gamma=0.0)}
 OF_CLASSES = {"focal": focal_loss_of_classes, "ce": partial(focal_loss_of_classes, gamma=0.0)}
-OF_QUANTITIES = {"smooth_l1": weighted(F.smooth_l1_loss), "l1": weighted(F.l1_loss), "mse": weighted(F.mse_loss)}
+OF_QUANTITIES = {"smooth_l1": weighted(F.smooth_l1_loss), "l1": weighted(F.l1_loss), "mse": weighted(F.mse_loss),
+                 "weighted": weighted_size_loss, "cumulative": cumulative_loss}  # fmt: skip
+NEED_CUTS = ("cumulative",)
 
 
 def loss_of(task, name: str, logit: torch.Tensor | list, goal: torch.Tensor, weight=1.0) -> torch.Tensor:
@@ -48,8 +75,11 @@ def loss_of(task, name: str, logit: torch.Tensor | list, goal: torch.Tensor, wei
     several logits, as a scout with witnesses has, their mean."""
     if isinstance(logit, list):
         return torch.stack([loss_of(task, name, one, goal, weight) for one in logit]).mean(dim=0)
-    logit = logit if logit.dtype == torch.float64 else logit.float()
-    each = task.losses()[name](logit, goal.nan_to_num(), weight)
+    logit, goal_ = logit if logit.dtype == torch.float64 else logit.float(), goal.nan_to_num()
+    more = {"cuts": task.standard_cuts} if name in NEED_CUTS else {}
+    if task.cuts and torch.is_tensor(weight) and len(weight) > 1:  # of the classes between cuts
+        weight = weight[bands_of(goal_, task.standard_cuts)]
+    each = task.losses()[name](logit, goal_, weight, **more)
     known = ~goal.isnan()[:, : each.shape[1]]
     return each.where(known, 0).sum(dim=1) / known.sum(dim=1).clamp_min(1)
 

@@ -1,7 +1,8 @@
 """Turn images and a csv into arrays, tables and folds that all later stages share.
 
 Reads   --train_csv, --test_csv, --extra_csv, sample_submission.csv beside them, and the images (never written)
-Writes  --output_dir/: {train,test}_224.npy, train.csv (with fold), test.csv, preprocess.json
+Writes  --output_dir/: {train,test}_224.npy, train.csv (with fold), test.csv, preprocess.json,
+        statistics.csv and statistics.png (what lies in each fold)
 
     python preprocess.py
     python preprocess.py --train_csv my/labels.csv --image_col file --group_col patient
@@ -26,12 +27,15 @@ from tqdm import tqdm
 import util
 from plumbing.arrays import Filling, PartialArray, array_path
 from plumbing.data import check_groups, folds_sha256, groups_of, read_table
+from plumbing.figures import draw_statistics, save_figure
 from plumbing.files import finish_output, open_output, provenance, read_csv, sha256, write_table
 from plumbing.images import ImageIndex, configure_pillow, name_key, read_square_or_skip
 from tasks import KINDS, Task, find_task, read_target, some_of
 from util import EXTERNAL, FOLD, ID, OWN_COLUMNS, TARGET, InputError
 
 EXAMPLE_CSV = Path("example_data/train.csv")
+CASE, PATIENT = "lesion_id", "patient_id"
+QUARTILES = {"least": 0, "lower quartile": 0.25, "median": 0.5, "upper quartile": 0.75, "greatest": 1}
 
 
 # ---------------------------------------------------------------- tables
@@ -73,9 +77,9 @@ def find_inputs(args: argparse.Namespace) -> dict[str, Path]:
 
 def read_labels(path: Path, args: argparse.Namespace, labelled: bool) -> pd.DataFrame:
     """Read an input table; groups stay text."""
-    group = () if args.group_col == "none" else (args.group_col,)
+    text = (args.case_col or CASE, *(() if args.group_col == "none" else (args.group_col,)))
     labels = args.target_col if labelled else []
-    table = read_table(path, labels, args.image_col, text=group, words=labels)
+    table = read_table(path, labels, args.image_col, text=text, words=labels)
     table = drop(table, path, ["width", "height"])  # those of the upright image take their place
     for column in (column for column in OWN_COLUMNS if column in table):
         raise InputError(f"{path} has a column {column!r}, which this project writes; rename or remove it")
@@ -109,7 +113,7 @@ def read_inputs(args: argparse.Namespace, inputs: dict[str, Path]) -> tuple[dict
     tables = {split: folders[split] if split in folders else read_labels(inputs[split], args, split != "test")
               for split in ("train", "extra", "test") if split in inputs}  # fmt: skip
     train_path = inputs["train"]
-    how = args.task, args.positive, args.metric, args.ordinal
+    how = args.task, args.positive, args.metric, args.ordinal, tuple(args.cut)
     task = find_task(tables["train"], train_path, args.target_col, *how)
     for split in ("train", "extra"):
         if split in tables:
@@ -119,6 +123,7 @@ def read_inputs(args: argparse.Namespace, inputs: dict[str, Path]) -> tuple[dict
         raise InputError(f"{train_path} and {args.extra_csv} both have an image {min(twice)!r}; rename one")
     col = group_column(tables["train"], args)
     groups = {split: groups_of(table, col if col in table else None) for split, table in tables.items()}
+    case_column(tables["train"], args)  # raises InputError
     target = tables["train"][task.targets].to_numpy(float)
     fold = {"train": assign_folds(task, target, groups["train"], args.n_folds, args.seed)}
     for split, others in (("train", fold["train"]), ("test", np.full(len(groups.get("test", ())), EXTERNAL - 1))):
@@ -141,6 +146,15 @@ def read_inputs(args: argparse.Namespace, inputs: dict[str, Path]) -> tuple[dict
 
 
 # ---------------------------------------------------------------- folds
+def case_column(table: pd.DataFrame, args: argparse.Namespace) -> str | None:
+    """Column of what several images may show, None if no two show the same; raises InputError if the one named is
+    missing."""
+    if args.case_col is not None and args.case_col not in table:
+        raise InputError(f"{args.train_csv} has no column {args.case_col!r} (--case_col); name one of {some_of(table)}")
+    column = args.case_col or CASE
+    return column if column in table and table[column].dropna().duplicated().any() else None
+
+
 def group_column(table: pd.DataFrame, args: argparse.Namespace) -> str | None:
     """Column whose rows stay together in one fold, or None; raises InputError if it is missing or empty."""
     if args.group_col == "none":
@@ -181,6 +195,36 @@ def assign_folds(task: Task, target: np.ndarray, group: np.ndarray, n_folds: int
         if (found := len(np.unique(fold[member]))) < needed:
             raise InputError(f"{name!r} would be in {found} of {n_folds} folds; {advice}")
     return fold
+
+
+def fold_statistics(table: pd.DataFrame, task: Task, col: str | None, case_col: str | None) -> pd.DataFrame:
+    """A row per fold: its images, groups and cases, images and cases of every class, and quartiles of a quantity."""
+    case = groups_of(table, case_col)
+    target = table[task.targets].to_numpy(float)
+    members = {name: task.bands(target) == i for i, name in enumerate(task.band_names)}
+    if task.classes:
+        members = dict(zip(task.classes, task.members(target).T, strict=True))
+    group, rows = groups_of(table, col), []
+    for fold, part in table.groupby(FOLD):
+        here = (table[FOLD] == fold).to_numpy()
+        row = {FOLD: fold, "images": here.sum()}
+        row |= {"groups": len(np.unique(group[here])), "cases": len(np.unique(case[here]))}
+        row |= {f"images {name}": (here & member).sum() for name, member in members.items()}
+        row |= {f"cases {name}": len(np.unique(case[here & member])) for name, member in members.items()}
+        if not task.classes:
+            values = part[task.targets[0]]
+            row |= {f"{name} {task.names[0]}": values.quantile(q) for name, q in QUARTILES.items()}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def warn_of_straddling(table: pd.DataFrame, col: str | None) -> None:
+    """Say how many patients lie in several folds, if folds keep something else whole."""
+    if col != PATIENT and PATIENT in table:
+        straddling = int((table.dropna(subset=PATIENT).groupby(PATIENT)[FOLD].nunique() > 1).sum())
+        if straddling:
+            print(f"warning: {straddling} patients lie in several folds, so networks are scored on patients that they "
+                  f"have seen; --group_col {PATIENT} keeps them whole")  # fmt: skip
 
 
 # ---------------------------------------------------------------- images
@@ -273,18 +317,22 @@ def main(args: argparse.Namespace) -> Path:
     if (sample := tables.get("sample_submission")) is not None:
         columns = [*sample, *args.target_col][: 2 if len(task.names) == 1 else len(sample.columns)]
         tables["sample_submission"] = sample[sample[columns[0]].map(name_key).isin(tables["test"][ID].map(name_key))]
-    for split in sorted(tables):
-        write_table(folder / f"{split}.csv", tables[split])
-        written.append(folder / f"{split}.csv")
+    case_col = case_column(train, args)
+    statistics = fold_statistics(train, task, col, case_col)
+    save_figure(folder / "statistics.png", draw_statistics(statistics))
+    for name, table in {**tables, "statistics": statistics}.items():
+        write_table(folder / f"{name}.csv", table)
+        written.append(folder / f"{name}.csv")
     facts = {
         "size": args.size, "n_folds": args.n_folds, "seed": args.seed, "group_col": col, "exact": args.exact,
-        "frame": args.frame,
+        "frame": args.frame, "case_col": case_col,
         "submission_columns": columns, "folds_sha256": folds_sha256(train, task), "task": task.facts(),
         "image_dirs": {split: [str(path.resolve()) for path in dirs] for split, dirs in image_dirs.items()},
         "inputs": {str(path): sha256(path) for path in inputs.values() if path.is_file()},
         "sha256": {path.name: sha256(path) for path in written},
     }  # fmt: skip
     finish_output(folder, "preprocess.json", facts | provenance())
+    warn_of_straddling(train, col)
     for k, rows in train.groupby(FOLD):
         name = "in no fold, external" if k == EXTERNAL else f"fold {k}"
         print(f"{name}: {len(rows)} images{task.sum_up(rows[task.targets].to_numpy(float))}")
@@ -312,7 +360,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     metrics = dict.fromkeys(metric for kind in KINDS.values() for metric in kind.metrics)
     add("--metric", choices=tuple(metrics), help="main score [auc; multilabel ap; regression mae]")
     add("--ordinal", action="store_true", help="classes are in order: adds the quadratic kappa")
-    add("--group_col", default="patient_id", help="column that folds keep whole, or none")
+    add("--cut", type=float, nargs="+", default=[], help="where classes of a quantity begin, such as 5 10: scored too")
+    add("--group_col", default=PATIENT, help="column that folds keep whole, or none")
+    add("--case_col", help="column of what several images may show: scored too [lesion_id if there is one]")
     add("--output_dir", type=Path, default=Path("data"), help="where to write")
     add("--size", type=util.COUNT, default=224, help="side in pixels")
     add("--frame", choices=("square", "whole"), default="square", help="centre square, or the whole picture, mirrored")

@@ -38,12 +38,20 @@ from plumbing.arrays import array_path, open_array
 from plumbing.cells import make_cells
 from plumbing.data import CORNERS, Data, read_data, read_table
 from plumbing.distributed import pick_device
-from plumbing.figures import draw_confusion, draw_curves, draw_precision, draw_predictions, draw_reliability
+from plumbing.figures import (
+    draw_by_value,
+    draw_confusion,
+    draw_courses,
+    draw_curves,
+    draw_precision,
+    draw_predictions,
+    draw_reliability,
+)
 from plumbing.files import atomic, check_hashes, read_json, remove
 from plumbing.gates import draw_gates
 from plumbing.images import frame_of
 from plumbing.runs import STACK, Run, read_run, score_line
-from scores import bootstrap_weights, interval, rank_in_fold
+from scores import bootstrap_weights, confusion, interval, rank_in_fold
 from tasks import score_folds
 from util import BOX_SIDE, FOLD, ID, InputError
 
@@ -121,6 +129,10 @@ def scores_of(s: Subject) -> str:
     rows += [[name, pooled[name], "", constant(s, name)] for name in task.metrics
              if name in pooled and name != task.metric]  # fmt: skip
     text = html.table(["out of fold", "score", "95 %", "constant prediction"], rows)
+    if "cases" in s.metrics:
+        column, of = s.data.facts["case_col"], s.metrics["cases"]
+        words = f"{task.metric} {html.number(of[task.metric])} of {of['rows']} cases ({column})"
+        text += f"<p>{escape(words)}; a case is predicted by the mean, a quantity by the median, of its images.</p>"
     if "ranked" in s.metrics:
         text += "<p>The main score is of ranks inside folds; the others are of all rows together.</p>"
     each = pooled.get("auc_of_each")
@@ -159,7 +171,37 @@ def shape(s: Subject) -> str:
     if s.task.probabilistic:
         text += html.drawing(draw_precision(s.task, s.target, s.prob), "Precision by recall")
     if s.task.sums_to_1:
-        text += html.drawing(draw_confusion(s.task, s.target[known, 0], s.prob[known]), "Confusion matrix")
+        counts = confusion(s.target[known, 0].astype(int), s.prob[known].argmax(axis=1), len(s.task.names))
+        text += html.drawing(draw_confusion(s.task.names, counts), "Confusion matrix")
+    return text
+
+
+def quantity(s: Subject) -> str:
+    """A quantity by its true value, as classes between cuts, and over the images of a case."""
+    if s.task.probabilistic:
+        return ""
+    text = html.drawing(draw_by_value(s.task, s.target[:, 0], s.prob[:, 0]), "Predictions by the true value")
+    parts = {"images": s.metrics, "cases": s.metrics.get("cases", {})}
+    found = {what: part["bands"] for what, part in parts.items() if "bands" in part}
+    names = ["f1", "f1_weighted", "balanced_accuracy", "accuracy"]
+    rows = [[what, cut, *(value for name in names for value in (scores[name], scores[f"{name}_of_baseline"])),
+             "{:.3f} to {:.3f}".format(*scores["f1_interval"])]
+            for what, bands in found.items() for cut, scores in bands.items() if isinstance(scores, dict)]  # fmt: skip
+    if rows:
+        head = [word for name in names for word in (name, "constant")]
+        text += html.table(["of", "classes cut at", *head, "95 % of f1"], rows)
+    for what, bands in found.items():
+        limits = ", ".join(f"{limit:.3g}" for limit in bands["thresholds"])
+        how = "learned on all rows; scores use those of the other folds" if bands["learned"] else "the cuts themselves"
+        counts = np.array(bands[", ".join(f"{cut:g}" for cut in s.task.cuts)]["confusion"])
+        text += html.drawing(draw_confusion(s.task.band_names, counts), f"Confusion matrix of {what}")
+        text += f"<p>Thresholds on predictions of {what}: {limits} ({how}).</p>"
+    if s.data.case is not None:
+        table = s.table[["frame"] if "frame" in s.table else []].assign(target=s.target[:, 0])
+        table["place"] = table["frame"] if "frame" in table else np.arange(len(table))
+        names = s.data.case[s.table[ID]].str.partition(":")[2].to_numpy()
+        table = table.assign(case=names, error=s.prob[:, 0] - s.target[:, 0]).dropna(subset="error")
+        text += html.drawing(draw_courses(s.task, table), "Error over the images of cases")
     return text
 
 
@@ -416,7 +458,7 @@ def members_section(s: Subject) -> str:
 
 SECTIONS: dict[str, Callable[[Subject], str]] = {
     "What was trained": about, "Scores": scores_of, "Folds": folds_of, "Training": curves, "Predictions": shape,
-    "Calibration": calibration, "Subgroups": by_subgroup, "Worst errors": errors_section,
+    "Quantity": quantity, "Calibration": calibration, "Subgroups": by_subgroup, "Worst errors": errors_section,
     "Least certain": lambda s: s.pictures.show(least_certain(s)), "Labels that may be wrong": labels_section,
     "Groups whose images disagree": disagreeing_groups, "Gates": gates_section, "Crops": crops_section,
     "Members": members_section,
@@ -441,7 +483,7 @@ def check_scores(run: Run, data: Data, device: torch.device) -> tuple[bool, str]
     keys = [ID, FOLD, *data.task.targets]
     known = oof[ID].is_unique and len(oof.merge(expected[keys], on=keys)) == len(oof)
     complete = len(oof) == len(expected) or run.is_blend or run.config["args"]["limit"] is not None
-    again, same = score_folds(data.task, oof, data.group, run.folds, run.metrics["ranks"]), True
+    again, same = score_folds(data.task, oof, data.group, run.folds, run.metrics["ranks"], data.case), True
     for part in again.keys() & {"pooled", "ranked"}:
         for key, value in again[part].items():
             kept = run.metrics[part][key]

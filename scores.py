@@ -84,6 +84,71 @@ def interval(values: list[float]) -> list[float]:
     return [float(bound) for bound in np.nanquantile(values, [0.025, 0.975])]
 
 
+# ---------------------------------------------------------------- classes of a quantity
+def bands_of(value, cuts):
+    """Class of every value (an array or a tensor) between cuts: 0 up to the first one, the last from its cut on, as
+    clinics sort polyps (up to 5 mm, between, 10 mm and more)."""
+    return sum((value > cut) * 1 for cut in cuts[:-1]) + (value >= cuts[-1]) * 1
+
+
+def find_cut(above: np.ndarray, value: np.ndarray) -> float:
+    """Threshold on predicted values (n,) that tells best which rows are above a cut, bool (n,): by macro F1."""
+    order = np.argsort(value, kind="stable")
+    value, hits = value[order], np.concatenate([[0], np.cumsum(above[order])])
+    below, n = np.arange(len(value) + 1), len(value)  # the first so many rows are taken for below
+    f1 = 2 * (hits[-1] - hits) / np.maximum(hits[-1] + n - below, 1)
+    f1 = f1 + 2 * (below - hits) / np.maximum(n - hits[-1] + below, 1)
+    edges = np.concatenate([[value[0]], (value[1:] + value[:-1]) / 2, [np.nextafter(value[-1], np.inf)]])
+    apart = np.concatenate([[True], value[1:] > value[:-1], [True]])
+    return float(edges[np.argmax(np.where(apart, f1, -1))])
+
+
+def confusion(true: np.ndarray, taken: np.ndarray, classes: int, weight=None) -> np.ndarray:
+    """Rows of every true class that are taken for each (classes, classes), or the sum of their weights."""
+    return np.bincount(true * classes + taken, weight, minlength=classes**2).reshape(classes, classes)
+
+
+def of_confusion(counts: np.ndarray) -> dict[str, float]:
+    """Scores of a confusion matrix: F1 as the mean of classes and weighted by their rows, balanced accuracy, accuracy.
+    """
+    rows, right = counts.sum(axis=1), counts.diagonal()
+    there, known = rows + counts.sum(axis=0) > 0, rows > 0
+    f1 = 2 * right / np.maximum(rows + counts.sum(axis=0), 1e-30)
+    return {
+        "f1": float(f1[there].mean()),
+        "f1_weighted": float(f1 @ rows / rows.sum()),
+        "balanced_accuracy": float((right[known] / rows[known]).mean()),
+        "accuracy": float(right.sum() / rows.sum()),
+    }
+
+
+def score_bands(cuts: tuple, target: np.ndarray, value: np.ndarray, group: np.ndarray, fold: np.ndarray) -> dict:
+    """Scores of predicted values (N,) as classes of the true ones (N,) between cuts, and of every cut alone, beside
+    those of always saying the commonest class; `f1` with its 95 % interval over groups. The thresholds on predictions
+    are learned from the other folds; of a single fold they are the cuts themselves."""
+    band, cross = bands_of(target, cuts), len(np.unique(fold)) > 1
+
+    def learn(rows: np.ndarray) -> np.ndarray:
+        found = [find_cut(band[rows] > j, value[rows]) for j in range(len(cuts))]
+        return np.maximum.accumulate(found)
+
+    taken = np.empty(len(value), dtype=int)
+    for k in np.unique(fold):
+        limits = learn(fold != k) if cross else np.array(cuts, float)
+        taken[fold == k] = (value[fold == k, None] >= limits).sum(axis=1)
+    views = {", ".join(f"{cut:g}" for cut in cuts): (band, taken)}
+    views |= {f"{cut:g}": (1 * (band > j), 1 * (taken > j)) for j, cut in enumerate(cuts)}
+    found = {"thresholds": (learn(fold >= fold.min()) if cross else np.array(cuts, float)).tolist(), "learned": cross}
+    for name, (true, guess) in views.items():
+        classes = (len(cuts) if true is band else 1) + 1
+        counts = confusion(true, guess, classes)
+        constant = confusion(true, np.full_like(true, counts.sum(axis=1).argmax()), classes)
+        again = [of_confusion(confusion(true, guess, classes, weight))["f1"] for weight in bootstrap_weights(group)]
+        found[name] = of_confusion(counts) | {"f1_interval": interval(again), "confusion": counts.tolist()}
+        found[name] |= {f"{key}_of_baseline": score for key, score in of_confusion(constant).items()}
+    return found
+
+
 # ---------------------------------------------------------------- scores
 def known_labels(target: np.ndarray, prob: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """(column, which rows are known, their target, their prediction) of every label or class with both yes and no."""

@@ -7,6 +7,7 @@ A new kind of target is a class and a row of KINDS. Arrays: target (N, T) as the
 import re
 import unicodedata
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -35,6 +36,7 @@ class Task:
     separator: str = ""  # between the labels in one cell, if they share a column
     mean: float = 0.0  # of a quantity in the training rows
     std: float = 1.0
+    cuts: tuple[float, ...] = ()  # of a quantity: where classes of it begin
 
     kind: ClassVar[str]
     family: ClassVar[str] = "OF_LABELS"  # table of losses.py
@@ -115,6 +117,11 @@ class Task:
         """Words for the targets of a fold, after their number."""
         return ": " + ", ".join(f"{n} {name}" for name, n in self.counts(target)["counts"].items())
 
+    @property
+    def band_names(self) -> list[str]:
+        """Names of the classes between the cuts of a quantity."""
+        return []
+
     def counts(self, target: np.ndarray) -> dict:
         """Number of rows of every class."""
         return {"counts": dict(zip(self.classes, self.members(target).sum(axis=0).tolist(), strict=True))}
@@ -150,7 +157,7 @@ class Task:
 
     def facts(self) -> dict:
         """Plain values from which task_of makes the task again."""
-        return asdict(self) | {"kind": self.kind, "names": list(self.names)}
+        return asdict(self) | {"kind": self.kind, "names": list(self.names), "cuts": list(self.cuts)}
 
 
 class Binary(Task):
@@ -301,7 +308,9 @@ class Regression(Task):
         return np.zeros((len(target), 0), bool)
 
     def strata(self, target: np.ndarray) -> np.ndarray:
-        """Quantiles of equal size; unknown values have a stratum of their own."""
+        """Classes between cuts, or else quantiles of equal size; unknown values have a stratum of their own."""
+        if self.cuts:
+            return self.bands(target) + 1
         ranks = pd.Series(target[:, 0]).rank(method="first", pct=True)
         return np.ceil(ranks * QUANTILES).fillna(0).astype(int).to_numpy()
 
@@ -311,6 +320,11 @@ class Regression(Task):
 
     def goal(self, target: np.ndarray) -> np.ndarray:
         return ((target - self.mean) / self.std).astype(np.float32)
+
+    @property
+    def standard_cuts(self) -> tuple[float, ...]:
+        """The cuts as goals."""
+        return tuple(self.goal(np.array(self.cuts)).tolist())
 
     @property
     def neutral(self) -> float:
@@ -327,10 +341,28 @@ class Regression(Task):
 
     def sum_up(self, target: np.ndarray) -> str:
         low, middle, high = np.nanquantile(target, [0, 0.5, 1])
-        return f", median {middle:.4g}, {low:.4g} to {high:.4g}"
+        bands = "".join(f", {n} {name}" for name, n in self.counts(target).get("counts", {}).items())
+        return f", median {middle:.4g}, {low:.4g} to {high:.4g}{bands}"
 
     def counts(self, target: np.ndarray) -> dict:
-        return {}
+        """Number of rows of every class between cuts, if there are some."""
+        if not self.cuts:
+            return {}
+        band = self.bands(target)
+        return {"counts": {name: int((band == i).sum()) for i, name in enumerate(self.band_names)}}
+
+    @property
+    def band_names(self) -> list[str]:
+        """Names of the classes between cuts."""
+        cuts = [f"{cut:g}" for cut in self.cuts]
+        if not cuts:
+            return []
+        first = f"up to {cuts[0]}" if len(cuts) > 1 else f"below {cuts[0]}"
+        return [first, *(" to ".join(pair) for pair in pairwise(cuts)), f"from {cuts[-1]}"]
+
+    def bands(self, target: np.ndarray) -> np.ndarray:
+        """Class of every row (N,) between cuts, -1 if it is unknown."""
+        return np.where(np.isnan(target[:, 0]), -1, scores.bands_of(target[:, 0], self.cuts))
 
 
 KINDS = {task.kind: task for task in (Binary, MultiClass, MultiLabel, Regression)}
@@ -339,7 +371,8 @@ KINDS = {task.kind: task for task in (Binary, MultiClass, MultiLabel, Regression
 def task_of(facts: dict) -> Task:
     """The task that Task.facts described."""
     given = {key: value for key, value in facts.items() if key != "kind"}
-    return KINDS[facts["kind"]](**given | {"names": tuple(given["names"])})
+    lists = {key: tuple(given.get(key, ())) for key in ("names", "cuts")}  # older versions know no cuts
+    return KINDS[facts["kind"]](**given | lists)
 
 
 # ---------------------------------------------------------------- reading labels
@@ -411,14 +444,19 @@ def read_target(task: Task, table: pd.DataFrame, path: Path, columns: list[str])
 
 
 def find_task(table: pd.DataFrame, path: Path, columns: list[str], kind: str | None = None,
-              positive: str | None = None, metric: str | None = None, ordinal: bool = False) -> Task:  # fmt: skip
+              positive: str | None = None, metric: str | None = None, ordinal: bool = False,
+              cuts: tuple[float, ...] = ()) -> Task:  # fmt: skip
     """The task that the labels in some columns of a train table ask for. Raises InputError if they do not fit a kind,
     or a label is the same in every row."""
     cells = cells_of(table, columns)
     positive = None if positive is None else as_words(pd.Series([positive]))[0]
     if cells.isna().all(axis=None):
         raise InputError(f"{path}: {', '.join(columns)} is empty; nothing can be learned from it")
+    kind = "regression" if cuts and kind is None else kind
     chosen = KINDS[kind or kind_of(cells, table[ID], path, positive)]
+    if cuts and (chosen is not Regression or list(cuts) != sorted(set(cuts))):
+        words = " ".join(f"{cut:g}" for cut in cuts)
+        raise InputError(f"--cut {words}: cuts are for quantities, from the lowest to the highest; pass others")
     if len(columns) > 1 and chosen.in_every_fold:
         raise InputError(f"--target_col names {len(columns)} columns; pass one, or --task multilabel")
     if positive is not None and chosen is not Binary:
@@ -427,7 +465,7 @@ def find_task(table: pd.DataFrame, path: Path, columns: list[str], kind: str | N
     metric = metric or next(iter(known))
     if metric not in known:
         raise InputError(f"--metric {metric} is not for {chosen.kind}; pass {', '.join(known)} (kappa with --ordinal)")
-    task = chosen(**chosen.learn(cells, positive), metric=metric, ordinal=ordinal)
+    task = chosen(**chosen.learn(cells, positive), metric=metric, ordinal=ordinal, cuts=tuple(cuts))
     if ordinal and (chosen is not MultiClass or pd.to_numeric(pd.Series(task.names), errors="coerce").isna().any()):
         raise InputError("--ordinal is for classes that are numbers; write numbers for words, or leave it out")
     target = read_target(task, table, path, columns)
@@ -435,6 +473,9 @@ def find_task(table: pd.DataFrame, path: Path, columns: list[str], kind: str | N
         if len(np.unique(values[~np.isnan(values)])) < 2:
             known = f"{positive!r}, " * (positive is not None) + some_of(cells.iloc[:, 0].dropna().unique())
             raise InputError(f"{path}: {name} is the same in every row ({known}); nothing can be learned from it")
+    for name, count in task.counts(target)["counts"].items() if cuts else ():
+        if not count:
+            raise InputError(f"{path}: {columns[0]} is {name} in no row; pass another --cut")
     return task
 
 
@@ -481,9 +522,21 @@ def score(task: Task, target: np.ndarray, prob: np.ndarray, group: np.ndarray, o
     return result
 
 
-def score_folds(task: Task, oof: pd.DataFrame, group: pd.Series, folds: list[int], ranks: bool = False) -> dict:
-    """Scores of held-out predictions: of every fold, their mean, over all rows, and if the main score depends on the
-    order alone, over ranks inside folds. group: of every image, by image_name; ranks: the predictions are ranks."""
+def by_case(task: Task, oof: pd.DataFrame, case: pd.Series) -> pd.DataFrame:
+    """Held-out predictions of cases seen in several images, such as lesions (case: of every image, by image_name): the
+    median of a quantity, the mean of probabilities, under the name of the first image. Cases whose images differ in
+    their target are left out."""
+    parts = oof.assign(case=case[oof[ID]].to_numpy()).groupby(["case", FOLD], sort=False)
+    found = parts[task.columns].agg("mean" if task.probabilistic else "median")
+    found[[ID, *task.targets]] = parts[[ID, *task.targets]].first()
+    return found[(parts[task.targets].nunique() <= 1).all(axis=1)].reset_index()
+
+
+def score_folds(task: Task, oof: pd.DataFrame, group: pd.Series, folds: list[int], ranks: bool = False,
+                case: pd.Series | None = None) -> dict:  # fmt: skip
+    """Scores of held-out predictions: of every fold, their mean, over all rows, if the main score depends on the order
+    alone over ranks inside folds, of cases, and of the classes of a quantity. group, case: of every image, by
+    image_name; ranks: the predictions are ranks."""
     groups, fold = group[oof[ID]].to_numpy(), oof[FOLD].to_numpy()
     target, prob = oof[task.targets].to_numpy(float), oof[task.columns].to_numpy(float)
     rows = {k: fold == k for k in folds}
@@ -498,6 +551,14 @@ def score_folds(task: Task, oof: pd.DataFrame, group: pd.Series, folds: list[int
     }
     if task.metrics[task.metric].ranks:
         found["ranked"] = score(task, target, scores.rank_in_fold(prob, fold), groups, only_ranks=True)
+    known = ~np.isnan(target[:, 0])
+    if task.cuts and known.any():
+        parts = target[:, 0], prob[:, 0], groups, fold
+        found["bands"] = scores.score_bands(task.cuts, *(part[known] for part in parts))
+    table = oof[:0] if case is None else by_case(task, oof, case)
+    if len(table):
+        whole = score_folds(task, table, group, sorted(set(table[FOLD])), ranks)
+        found["cases"] = whole["pooled"] | ({"bands": whole["bands"]} if "bands" in whole else {})
     return found
 
 

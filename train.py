@@ -33,7 +33,7 @@ import dataset
 import fsg
 import models
 import util
-from losses import average_of, epoch_seed, guide_loss, loss_of, loss_of_prob, lr_factor, mix_and_smooth
+from losses import NEED_CUTS, average_of, epoch_seed, guide_loss, loss_of, loss_of_prob, lr_factor, mix_and_smooth
 from plumbing import gates, runs
 from plumbing.backbones import read_torch_file
 from plumbing.cells import make_cells
@@ -258,9 +258,12 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
     args.loss = args.loss or next(iter(task.losses()))
     if args.loss not in task.losses():
         raise InputError(f"--loss {args.loss} is not for {task.kind} targets; pass {', '.join(task.losses())}")
-    if len(args.pos_weight) not in (1, len(task.names)):
-        raise InputError(f"--pos_weight has {len(args.pos_weight)} values; pass one, or {len(task.names)}: of "
-                         f"{', '.join(task.names)[:200]}")  # fmt: skip
+    if args.loss in NEED_CUTS and not task.cuts:
+        raise InputError(f"--loss {args.loss} needs classes of the quantity; pass preprocess.py --cut")
+    weighed = task.band_names if task.cuts else task.names
+    if len(args.pos_weight) not in (1, len(weighed)):
+        raise InputError(f"--pos_weight has {len(args.pos_weight)} values; pass one, or {len(weighed)}: of "
+                         f"{', '.join(weighed)[:200]}")  # fmt: skip
     if args.guide is not None and not hasattr(recipe.network, "attention"):
         raise InputError(f"--guide is for networks with an attention such as chipnet; leave it out for {args.model}")
     for key, default in GATE_DEFAULTS.items():
@@ -372,7 +375,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     extra("--witness", action="store_true", help="of a scout: single cells answer too, and draw its attention")
     extra("--finetune", choices=("last", "all"), help="of a scout with --tile: stages of its backbone to train")
     extra("--top_m", type=util.number(int, 0), default=0, help="of a scout: tiles of a picture to train on [all]")
-    extra("--pos_weight", type=positive, nargs="+", default=[1.0], help="of positives in the loss, or of each class")
+    extra("--pos_weight", type=positive, nargs="+", default=[1.0], help="of positives in the loss, or of each class, "
+          "of a quantity between its cuts")
     extra("--label_smoothing", type=share, default=0.0, help="share of all labels in every target")
     extra("--mixup", type=positive, default=0.0, help="mix pairs of a batch, or of its parts, by Beta(MIXUP, MIXUP)")
     extra("--clip_grad", type=positive, help="largest norm of the gradients of the weights, and of the gates")

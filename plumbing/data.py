@@ -109,6 +109,12 @@ class Data:
         """Group of every train image, by image_name."""
         return pd.Series(groups_of(self.train, self.facts["group_col"]), index=self.train[ID])
 
+    @cached_property
+    def case(self) -> pd.Series | None:
+        """What every train image shows, by image_name, if several images may show the same, such as a lesion."""
+        column = self.facts.get("case_col")
+        return None if column is None else pd.Series(groups_of(self.train, column), index=self.train[ID])
+
     def tables(self) -> dict[str, pd.DataFrame]:
         """The tables that exist, by split."""
         both = {"train": self.train, "test": self.test}
@@ -130,7 +136,7 @@ def read_data(data_dir: Path) -> Data:
     facts = read_json(data_dir / "preprocess.json")
     given = {name: facts["sha256"][name] for name in facts["sha256"] if name.endswith(".csv")}
     check_hashes(data_dir, given, "run preprocess.py again")
-    text = [column for column in (facts["group_col"],) if column]
+    text = [column for column in (facts["group_col"], facts.get("case_col")) if column]
     targets = task_of(facts["task"]).targets
     train = read_table(data_dir / "train.csv", (*targets, FOLD, "width", "height", *text), text=text)
     test = read_table(data_dir / "test.csv", ("width", "height"), text=text) if "test.csv" in given else None

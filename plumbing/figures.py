@@ -1,5 +1,6 @@
 """Pictures of runs and crops, as PNG files that need no screen."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ from plumbing.images import Frame, frame_of
 from scores import auc, average_precision, known_labels
 from tasks import Task
 from util import FOLD
+
+MOST_CLASSES = 12  # that a legend names
+MOST_VALUES = 24  # boxes of a box plot
+COURSES = 8  # cases whose errors are drawn frame by frame
 
 
 def new_figure(**options):
@@ -26,6 +31,22 @@ def save_figure(path: Path, figure) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
+def draw_statistics(table: pd.DataFrame):
+    """Images and cases of every fold, by class if there are some; table: of preprocess.py."""
+    figure = new_figure(figsize=(10, 3.6))
+    for axes, what in zip(figure.subplots(1, 2), ("images", "cases"), strict=True):
+        parts = [column for column in table if column.startswith(f"{what} ")]
+        below = np.zeros(len(table))
+        for column in parts or [what]:
+            label = column.removeprefix(f"{what} ")
+            axes.bar(table[FOLD].astype(str), table[column], bottom=below, label=label if parts else None)
+            below += table[column].to_numpy(float)
+        axes.set(xlabel=FOLD, ylabel=what)
+        if 0 < len(parts) <= MOST_CLASSES:
+            axes.legend(fontsize=8)
+    return figure
+
+
 def draw_predictions(task: Task, oof: pd.DataFrame):
     """Held-out predictions: a ROC curve per fold, or per label or class; of a quantity predicted against true."""
     figure = new_figure(figsize=(5, 5))
@@ -35,6 +56,9 @@ def draw_predictions(task: Task, oof: pd.DataFrame):
         for fold in sorted(set(oof[FOLD])):
             axes.scatter(target[oof[FOLD] == fold], prob[oof[FOLD] == fold], s=6, label=f"fold {fold}")
         ends = np.nanquantile(target, [0, 1]) if np.isfinite(target).any() else (0, 1)
+        for cut in task.cuts:
+            axes.axhline(cut, color="0.7", linewidth=1, linestyle=":")
+            axes.axvline(cut, color="0.7", linewidth=1, linestyle=":")
         axes.set(xlabel="target", ylabel="prediction", title="Held-out folds")
     else:
         folds = sorted(set(oof[FOLD])) if len(task.columns) == 1 else []
@@ -70,11 +94,9 @@ def draw_precision(task: Task, target: np.ndarray, prob: np.ndarray):
     return figure
 
 
-def draw_confusion(task: Task, target: np.ndarray, prob: np.ndarray):
-    """Shares of every true class (target (n,)) that are taken for each, with their counts."""
-    n, side = len(task.names), max(4, 0.6 * len(task.names) + 2)
-    counts = np.zeros((n, n), int)
-    np.add.at(counts, (target.astype(int), prob.argmax(axis=1)), 1)
+def draw_confusion(names: Sequence[str], counts: np.ndarray):
+    """Shares of every true class that are taken for each, with their counts (scores.confusion)."""
+    n, side = len(names), max(4, 0.6 * len(names) + 2)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure = new_figure(figsize=(side, side))
     axes = figure.subplots()
@@ -82,8 +104,41 @@ def draw_confusion(task: Task, target: np.ndarray, prob: np.ndarray):
     for (row, column), count in np.ndenumerate(counts):
         axes.text(column, row, count, ha="center", va="center", color="white" if share[row, column] > 0.5 else "black")
     axes.set(xticks=range(n), yticks=range(n), xlabel="taken for", ylabel="true")
-    axes.set_xticklabels(task.names, rotation=90)
-    axes.set_yticklabels(task.names)
+    axes.set_xticklabels(names, rotation=90)
+    axes.set_yticklabels(names)
+    return figure
+
+
+def draw_by_value(task: Task, target: np.ndarray, value: np.ndarray):
+    """Box plots of predictions (n,) by the true quantity (n,): by its values, or if there are many by ranges."""
+    known = ~np.isnan(target)
+    target, value = pd.Series(target[known]), pd.Series(value[known])
+    by = target if target.nunique() <= MOST_VALUES else pd.qcut(target, MOST_VALUES, duplicates="drop")
+    parts = dict(tuple(value.groupby(by, observed=True)))
+    labels = [f"{key:g}" if isinstance(key, float) else f"{key.mid:.3g}" for key in parts]
+    labels = [f"{label}\n{len(part)}" for label, part in zip(labels, parts.values(), strict=True)]
+    figure = new_figure(figsize=(max(5, 0.45 * len(parts)), 5))
+    axes = figure.subplots()
+    axes.boxplot(list(parts.values()), flierprops={"markersize": 2})
+    axes.set_xticklabels(labels, fontsize=8)
+    axes.plot(range(1, len(parts) + 1), [target[by == key].mean() for key in parts], color="C1", label="true")
+    for cut in task.cuts:
+        axes.axhline(cut, color="0.7", linewidth=1, linestyle=":")
+    axes.set(xlabel="target, and images", ylabel="prediction")
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_courses(task: Task, table: pd.DataFrame):
+    """Error over the images of the cases that have most of them; table: case, place (number of the frame), error."""
+    names = table["case"].value_counts().index[:COURSES]
+    figure = new_figure(figsize=(10, 1.5 * len(names)))
+    for axes, name in zip(figure.subplots(len(names), 1, squeeze=False)[:, 0], names, strict=True):
+        rows = table[table["case"] == name].sort_values("place", kind="stable")
+        axes.plot(rows["place"], rows["error"], marker=".", linewidth=1)
+        axes.axhline(0, color="0.7", linewidth=1)
+        axes.set_title(f"{name}, {task.names[0]} {rows['target'].iloc[0]:g}", fontsize=8)
+        axes.set_ylabel("error", fontsize=8)
     return figure
 
 

@@ -1,6 +1,7 @@
 """Image files: which file a name means, decoding, and cutting squares out of originals."""
 
 import unicodedata
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,20 +34,31 @@ def name_key(name: str) -> str:
 
 
 class ImageIndex:
-    """Images below folders, found by name or by path relative to the folder, with or without suffix."""
+    """Images below folders, found by name or by path relative to the folder, with or without suffix. Folders are listed
+    once a name is no path of a file: they may hold millions of other images."""
 
     def __init__(self, *folders: Path):
-        self.folders, self._found = folders, {}
-        for folder in folders:
+        self.folders = folders
+
+    @cached_property
+    def _found(self) -> dict[str, list[Path]]:
+        """All images by each of their names."""
+        found: dict[str, list[Path]] = {}
+        for folder in self.folders:
             for path in sorted(folder.rglob("*")):
                 hidden = any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
                 if path.suffix.lower() in SUFFIXES and not hidden:
                     for key in {name_key(path.relative_to(folder).as_posix()), name_key(path.name)}:
-                        if path not in self._found.setdefault(key, []):  # folders may overlap
-                            self._found[key].append(path)
+                        if path not in found.setdefault(key, []):  # folders may overlap
+                            found[key].append(path)
+        return found
 
     def find(self, name: str) -> Path | None:
         """File of that name, None if there is none; raises InputError if there are several."""
+        if "/" in name and Path(name).suffix.lower() in SUFFIXES:
+            direct = [folder / name for folder in self.folders if (folder / name).is_file()]
+            if len(direct) == 1:
+                return direct[0]
         found = self._found.get(name_key(name), [])
         exact = [path for path in found if unicodedata.normalize("NFC", path.as_posix()).endswith(f"/{name}")]
         found = exact if len(exact) == 1 else found

@@ -99,7 +99,7 @@ def write_run(run_dir: Path, oof: pd.DataFrame, test, data: Data, folds: list, r
     (the columns of the task). test: image_name, fold, prob, or None. folds: facts about each fold (at least its
     number), to which the scores are added. ranks: predictions are ranks, only their order means something. extra:
     further metrics."""
-    metrics = score_folds(data.task, oof, data.group, [fold["fold"] for fold in folds], ranks) | extra
+    metrics = score_folds(data.task, oof, data.group, [fold["fold"] for fold in folds], ranks, data.case) | extra
     arrays = [oof[columns].to_numpy(float) for columns in (data.task.targets, data.task.columns)]
     metrics["calibration"] = calibrate(data.task, *arrays, data.group[oof[ID]].to_numpy(), oof[FOLD].to_numpy())
     metrics["folds"] = [facts | new for facts, new in zip(folds, metrics["folds"], strict=True)]
