@@ -3,7 +3,8 @@
 Reads   --data_dir (preprocess.py), the originals (never written), and by --source: --run (a trained run), --backbone
         with --weights, or --boxes
 Writes  --output_dir/NAME/: {train,test}_224.npy, train_wide_314.npy (for jitter in training), {train,test}_boxes.csv,
-        {train,test}_attention.npy, the networks that made the maps, crop.json, worth.json, montage.png. With
+        {train,test}_depth_224.npy (--depth_dir), {train,test}_attention.npy, the networks that made the maps,
+        crop.json, worth.json, montage.png. With
         --n_boxes K arrays hold K crops of an image, black where there is no place, and a csv has a row for every box
 
     python crop.py
@@ -12,6 +13,7 @@ Writes  --output_dir/NAME/: {train,test}_224.npy, train_wide_314.npy (for jitter
     python crop.py --run runs/scout --box_size 192
     python crop.py --source cam --run runs/resnet
     python crop.py --source boxes --boxes detector.csv
+    python crop.py --source boxes --boxes detector.csv --margin .5 --depth_dir depth
 
 A training image is cropped by the map of the fold that held it out; a test image by the mean map of all folds. Sources:
 attention (a ChipNet, or a scout, which looks at the originals), saliency (no labels: what differs from the background
@@ -42,9 +44,18 @@ from plumbing.distributed import pick_device
 from plumbing.figures import draw_row, new_figure, save_figure
 from plumbing.files import copy, finish_output, open_output, provenance, sha256, write_json, write_table
 from plumbing.guards import check_unseen, fold_weights
-from plumbing.images import Frame, configure_pillow, frame_of, name_key, read_crops, read_square
+from plumbing.images import (
+    Frame,
+    configure_pillow,
+    cut_depth,
+    frame_of,
+    name_key,
+    read_crops,
+    read_depth,
+    read_square,
+)
 from plumbing.runs import Run, read_run
-from util import FOLD, ID, PLACE, InputError
+from util import FOLD, ID, INNER, PLACE, InputError
 
 MONTAGE_ROWS = 8
 WIDE = 1.4  # side of the crops from which jittered ones are cut, over the box's
@@ -75,6 +86,8 @@ def fill_defaults(args: argparse.Namespace, data: Data) -> Run | None:
         raise InputError("--class: a rollout is the same for all classes; leave it out, or take cam or gradcam")
     if args.layer is not None and args.source != "gradcam":
         raise InputError(f"--layer {args.layer} is for --source gradcam; pass both")
+    if args.depth_dir is not None and args.n_boxes > 1:
+        raise InputError("--depth_dir is for one box of an image; leave --n_boxes out")
     if args.box_size is not None and args.rule != "peak":
         raise InputError("--box_size is for --rule peak; pass both")
     if scout and args.source != "attention":
@@ -113,9 +126,9 @@ def learn_saliencies(data: Data, path: Path, args: argparse.Namespace, device: t
     models.save_checkpoint(path, network, spec, saliency=parts)
 
 
-def read_boxes(path: Path, table: pd.DataFrame, frame: str, n_boxes: int) -> list[list[Box]]:
-    """Boxes of a table's images from a csv, the first n_boxes of each, made square; the whole frame for images that
-    have none there."""
+def read_boxes(path: Path, table: pd.DataFrame, frame: str, n_boxes: int, margin: float) -> list[list[Box]]:
+    """Boxes of a table's images from a csv, the first n_boxes of each, made square and enlarged by a margin; the whole
+    frame for images that have none there."""
     given = read_table(path, CORNERS, unique=n_boxes == 1).dropna(subset=CORNERS, how="all")
     corners = np.column_stack([numbers(given, column, path) for column in CORNERS])
     found: dict[str, list] = {}
@@ -129,7 +142,8 @@ def read_boxes(path: Path, table: pd.DataFrame, frame: str, n_boxes: int) -> lis
                 where = f"{x0:g} {y0:g} {x1:g} {y1:g}, does not lie in its {width} x {height} px"
                 raise InputError(f"{path}: the box of {name}, {where}; corners are pixels of the upright original")
             x, y, half = (x0 + x1) / 2, (y0 + y1) / 2, max(x1 - x0, y1 - y0) / 2
-            boxes[-1].append(localize.widen(Box(x - half, y - half, x + half, y + half), 1.0, (width, height)))
+            given = Box(x - half, y - half, x + half, y + half, inner=(x0, y0, x1, y1))
+            boxes[-1].append(localize.enlarge(given, margin, (width, height)))
         boxes[-1] = boxes[-1] or [Box(*frame_of(width, height, frame), f"no box in {path.name}")]
     return boxes
 
@@ -150,7 +164,7 @@ class Cropper:
         self.originals = list(self.table[["width", "height"]].itertuples(index=False, name=None))
         self.boxes: list[list[Box]] = [[]] * len(self.table)  # of every image, best first
         if args.source == "boxes":
-            self.boxes = read_boxes(args.boxes, self.table, data.facts["frame"], args.n_boxes)
+            self.boxes = read_boxes(args.boxes, self.table, data.facts["frame"], args.n_boxes, args.margin)
             if split == "train" and all(boxes[0].reason for boxes in self.boxes):
                 raise InputError(f"{args.boxes} has a box of none of the training images; write names as in the table")
 
@@ -171,6 +185,9 @@ class Cropper:
         for name, side in self.sizes.items():
             crops[name] = PartialArray(array_path(self.folder, name, side), (n, *several, side, side, 3))
         self.arrays = dict(crops)
+        if args.depth_dir is not None:
+            path = array_path(self.folder, f"{self.split}_depth", self.sizes[self.split])
+            self.arrays["depth"] = PartialArray(path, (n, *crops[self.split].view().shape[1:]))
         if finder is not None:
             path = self.folder / f"{self.split}_attention.npy"
             self.arrays["attention"] = PartialArray(path, (n, *shape[1:]), np.float32)
@@ -190,6 +207,9 @@ class Cropper:
                 array.write(row, filled)  # a place that does not exist is black
             if attention is not None:
                 self.arrays["attention"].write(row, attention)
+            if "depth" in self.arrays:
+                depth, box = read_depth(args.depth_dir, self.table[ID].iloc[row]), boxes[self.split][0]
+                self.arrays["depth"].write(row, cut_depth(depth, box.corners, self.sizes[self.split], size))
             return 1
 
         with tqdm(total=n, desc=f"crop {self.split}", unit="image") as bar:
@@ -223,6 +243,7 @@ class Cropper:
         of_row = np.repeat(np.arange(len(self.boxes)), list(map(len, self.boxes)))
         flat = [box for boxes in self.boxes for box in boxes]
         rows = pd.DataFrame([asdict(box) for box in flat]).rename(columns={"reason": "fallback"})
+        rows[list(INNER)] = [box.inner or box.corners for box in flat]
         rows.insert(0, ID, self.table[ID].to_numpy()[of_row])
         rows["box"], rows["oof"] = [i for boxes in self.boxes for i in range(len(boxes))], 1
         for chosen, _, unseen in self.groups(finder):
@@ -230,7 +251,7 @@ class Cropper:
         rows[list(PLACE)] = place_in_wide(flat, [self.originals[row] for row in of_row])
         path = self.folder / f"{self.split}_boxes.csv"
         number = ["box"] if self.args.n_boxes > 1 else []
-        write_table(path, rows[[ID, *number, *CORNERS, "oof", "fallback", "confidence", *PLACE]])
+        write_table(path, rows[[ID, *number, *CORNERS, "oof", "fallback", "confidence", *PLACE, *INNER]])
         finer = np.median(self.table[["width", "height"]].min(axis=1) / [boxes[0].side for boxes in self.boxes])
         whole = sum(boxes[0].reason != "" for boxes in self.boxes)
         print(f"{self.split}: {len(rows)} crops, median {finer:.2f}x finer, {whole} whole squares")
@@ -240,8 +261,9 @@ class Cropper:
 def place_in_wide(boxes: list[Box], sizes: list[tuple[int, int]]) -> np.ndarray:
     """Where boxes lie in their wide crops: x, y and side in fractions of these (N, 3)."""
     wides = [localize.widen(box, WIDE, size) for box, size in zip(boxes, sizes, strict=True)]
-    return np.array([((box.x0 - wide.x0) / wide.side, (box.y0 - wide.y0) / wide.side, box.side / wide.side)
-                     for box, wide in zip(boxes, wides, strict=True)])  # fmt: skip
+    place = [((box.x0 - wide.x0) / wide.side, (box.y0 - wide.y0) / wide.side, box.side / wide.side)
+             for box, wide in zip(boxes, wides, strict=True)]  # fmt: skip
+    return np.clip(place, 0, 1)  # rounding
 
 
 def judge_worth(data: Data, cropper: Cropper) -> dict:
@@ -307,7 +329,8 @@ def main(args: argparse.Namespace) -> Path:
     how = {key: getattr(args, key) for key in ("source", "rule", "views", "shifts", "amp", "class_name", "layer")}
     how["num_devs"] = args.num_devs if args.rule == "original" else None
     how |= {"centre": args.centre if args.rule == "component" else None, "box_size": args.box_size}
-    how["n_boxes"] = args.n_boxes
+    how |= {"n_boxes": args.n_boxes, "margin": args.margin}
+    how["depth_dir"] = args.depth_dir and str(args.depth_dir.resolve())
     how["frame"] = scout.scout_size if data.cells else data.facts["frame"]
     trained = {f"fold{k}_network.pt": sha256(path) for k, path in found.items()}
     settings = how | {"folds_sha256": data.folds_sha256, "arrays": data.facts["sha256"], "limit": args.limit,
@@ -355,6 +378,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--rule", choices=sorted(localize.RULES), help="how a box is found in a map [component; of a scout peak]")
     add("--box_size", type=count, help="--rule peak: side of boxes, in pixels of the originals [4 cells of the map]")
     add("--n_boxes", type=count, default=1, help="places to cut out of an image, at most")
+    add("--margin", type=util.number(float, 0, 10), default=0.0, help="added to a box on each side, in sides")
+    add("--depth_dir", type=Path, help="depth maps by image name, .npy or 16-bit .png, to be cut out too")
     add("--num_devs", type=util.number(float, -100, 100), default=1.5, help="--rule original: mean + num_devs * std")
     add("--centre", type=util.number(float, 0, 10), default=localize.CENTRE, help="--rule component: width of "
         "the prior that subjects are in the centre, in sides; 0: none")

@@ -26,9 +26,10 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from plumbing.arrays import Rows, array_path, open_array
 from plumbing.cells import Bag, Cells
-from plumbing.data import Data, MetaEncoder, meta_columns, with_boxes
+from plumbing.data import Data, MetaEncoder, inner_boxes, meta_columns, with_boxes
 from plumbing.distributed import Team
 from plumbing.files import read_json
+from plumbing.images import box_raster, frame_of, hide_outside
 from tasks import Task, pick_rows
 from util import FOLD
 
@@ -204,6 +205,39 @@ class Jittered:
         return crops
 
 
+class Located:
+    """Whole images in which all but a thing's box is hidden, after they were turned and tinted. boxes: what the boxes
+    of crop.py are around, views: the squares that the images show, both in pixels of the originals (N, 4)."""
+
+    def __init__(self, whole: Stored, boxes: np.ndarray, views: np.ndarray):
+        self.whole, self.boxes, self.views = whole, boxes, views
+
+    def __call__(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Image uint8 (S, S, 3) of a row, and which share of every pixel lies in the box: float32 (S, S)."""
+        image = self.whole(row, rng)
+        return image, box_raster(self.boxes[row], self.views[row], len(image))
+
+    def join(self, image: np.ndarray, raster: np.ndarray) -> np.ndarray:
+        """The picture a network sees."""
+        return hide_outside(image, raster)
+
+
+class Depth:
+    """Depth maps of crops as grey pictures; they turn and move like images, and are not tinted."""
+
+    def __init__(self, stored: Stored):
+        self.stored = stored
+
+    def __call__(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The grey picture of a row, uint8 (S, S, 3), and its values: float32 (S, S)."""
+        image = self.stored(row, rng)
+        return image, image[..., 0].astype(np.float32)
+
+    def join(self, image: np.ndarray, raster: np.ndarray) -> np.ndarray:
+        """The picture a network sees."""
+        return np.repeat(np.rint(raster).astype(np.uint8)[..., None], 3, axis=2)
+
+
 class Guide:
     """Maps of crop.py that an attention should resemble; they turn and move with their images."""
 
@@ -251,18 +285,28 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int | tuple) -> Batch:
         i, weight, place = index if isinstance(index, tuple) else (index, 1.0, None)
-        if place is not None:
-            self.transform.set_random_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        seed = None if place is None else int(np.random.SeedSequence(place).generate_state(1)[0])
+        if seed is not None:
+            self.transform.set_random_seed(seed)
         row, rng = self.rows[i], self.transform.random_generator
         pictures, guide = [source(row, rng) for source in self.sources], np.empty(0, np.float32)
         if isinstance(self.sources[0], Cells):
             image = self._vary(pictures[0]) if place is not None and self.transform.transforms else pictures[0]
+        elif any(isinstance(picture, tuple) for picture in pictures):  # streams, which turn alike
+            done = []
+            for source, picture in zip(self.sources, pictures, strict=True):
+                if seed is not None:
+                    self.transform.set_random_seed(seed)
+                layers = picture if isinstance(picture, tuple) else (picture,)
+                varied = self.transform(**dict(zip(("image", "mask"), layers, strict=False)))
+                done.append(source.join(varied["image"], varied["mask"]) if len(layers) > 1 else varied["image"])
+            image = as_tensor(done)
         else:
             mask = {} if self.guide is None else {"mask": self.guide.enlarge(row, len(pictures[0]))}
             flat = [one for picture in pictures for one in (picture if picture.ndim == 4 else [picture])]
             done = [self.transform(image=one, **mask) if one.any() else {"image": one, **mask} for one in flat]
             guide = guide if self.guide is None else self.guide.shrink(done[0]["mask"])
-            image = torch.from_numpy(np.concatenate([part["image"].transpose(2, 0, 1) for part in done]))
+            image = as_tensor([part["image"] for part in done])
         return Batch(
             image,
             torch.from_numpy(self.meta[i]),
@@ -282,6 +326,11 @@ class ImageDataset(Dataset):
         tiles = self.transform(images=cells["values"].transpose(0, 2, 3, 1))["images"]
         cells["values"] = np.asarray(tiles).transpose(0, 3, 1, 2)
         return cells
+
+
+def as_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
+    """Pictures uint8 (S, S, 3) one after the other as (3 * pictures, S, S)."""
+    return torch.from_numpy(np.concatenate([picture.transpose(2, 0, 1) for picture in pictures]))
 
 
 def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDataset], MetaEncoder, Task]:
@@ -315,8 +364,14 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
             wide_size = read_json(crop_dir / "crop.json")["wide_size"]
             wide = Stored(array_path(crop_dir, "train_wide", wide_size), n_rows)
             pictures["crop"] = Jittered(wide, pictures["whole"], boxes["train"][1], data.size)
+        if "location" in recipe.inputs:
+            sizes = tables[split][["width", "height"]].to_numpy()
+            views = np.array([frame_of(*size, data.facts["frame"]) for size in sizes])
+            pictures["location"] = Located(pictures["whole"], inner_boxes(crop_dir, split), views)
+        if "depth" in recipe.inputs:
+            pictures["depth"] = Depth(Stored(array_path(crop_dir, f"{split}_depth", data.size), n_rows))
         # a network for whole images that is given --crop_dir looks at the crops instead
-        seen = ("crop",) if crop_dir is not None and len(recipe.inputs) == 1 else recipe.inputs
+        seen = ("crop",) if crop_dir is not None and recipe.inputs == ("whole",) else recipe.inputs
         images[part] = ImageDataset(
             [pictures[name] for name in seen],
             chosen,

@@ -177,19 +177,58 @@ def add_gates(
             raise ValueError(f"{name}: {problem}")
     for branch in branches.values():
         layer = layers_of(branch)[-1]
-        channels = getattr(layer, "nf", len(layer.weight))  # nf: of Conv1D
-        logit = torch.full((channels,), HARD_START if hard else 0.0, device=layer.weight.device)
-        if init == "paper":
-            nn.init.xavier_normal_(logit.unsqueeze(0))
-        branch.register_parameter(GATE, nn.Parameter(logit))
-        branch.fsg_kind = "hard" if hard else init
-        # the layer decides and not the number of dimensions: Swin's maps (N, H, W, C) have four too
-        channels_first = isinstance(layer, CHANNELS_FIRST) or type(layer).__name__.endswith("2d")  # LayerNorm2d
-        branch.fsg_axis = 1 if channels_first else -1
-        branch.register_forward_hook(apply_gate)
+        put_gate(branch, getattr(layer, "nf", len(layer.weight)), channel_axis(layer), init, hard)  # nf: of Conv1D
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # torch's fast path skips hooks, and only that path takes nested tensors
+    return model
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Which dimension of a layer's output its channels are; Swin's maps (N, H, W, C) have four too."""
+    return 1 if isinstance(layer, CHANNELS_FIRST) or type(layer).__name__.endswith("2d") else -1  # LayerNorm2d
+
+
+def put_gate(module: nn.Module, channels: int, axis: int, init: str, hard: bool, stays: bool = False) -> None:
+    """Give a module a gate on its output. stays: it can be folded into no layer."""
+    device = next((parameter.device for parameter in module.parameters()), None)
+    logit = torch.full((channels,), HARD_START if hard else 0.0, device=device)
+    if init == "paper":
+        nn.init.xavier_normal_(logit.unsqueeze(0))
+    module.register_parameter(GATE, nn.Parameter(logit))
+    module.fsg_kind, module.fsg_axis, module.fsg_stays = "hard" if hard else init, axis, stays
+    module.register_forward_hook(apply_gate)
+
+
+@torch.no_grad()
+def gate_outputs(
+    model: nn.Module, sites: Iterable[str], run: Callable[[], object], init: str = "identity", hard: bool = False
+) -> nn.Module:
+    """Give the outputs of some modules, such as whole stages or a vector of features, one gate per channel, as the
+    paper does in CNNs; returns the same model. These gates fold into no layer, since a skip or a ReLU lies before them.
+
+    sites: names of modules, patterns allowed. run: passes an example through the model, which shows how many channels
+    an output has. init, hard: as of add_gates. Raises ValueError if nothing matches or an output is no tensor.
+    """
+    names, shapes, hooks = match_sites(model, list(sites)), {}, []
+    for name in names:
+
+        def record(module, inputs, output, name=name) -> None:
+            shapes[name] = getattr(output, "shape", None)
+
+        hooks.append(model.get_submodule(name).register_forward_hook(record))
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in names:
+        module, shape = model.get_submodule(name), shapes.get(name)
+        if problem := "it has a gate already" if hasattr(module, GATE) else "" if shape else "its output is no tensor":
+            raise ValueError(f"{name}: {problem}")
+        layers = layers_of(module)
+        axis = channel_axis(layers[-1]) if layers else (1 if len(shape) == 4 else -1)
+        put_gate(module, shape[axis], axis, init, hard, stays=True)
     return model
 
 
@@ -290,12 +329,13 @@ def pruned(model: nn.Module, share: float, scores: dict[str, torch.Tensor] | Non
 
 @torch.no_grad()
 def fold_gates(model: nn.Module) -> nn.Module:
-    """Multiply every gate into the last layer of its branch and remove it, which leaves the plain network.
-    Raises ValueError if another part of the model uses that layer or its weight as well, as it would change too."""
+    """Multiply every gate into the last layer of its branch and remove it, which leaves the plain network; gates on
+    outputs (gate_outputs) stay. Raises ValueError if another part of the model uses that layer or its weight as well,
+    as it would change too."""
     paths = defaultdict(list)  # all names of a parameter: a shared one has more than the gate after it
     for path, parameter in model.named_parameters(remove_duplicate=False):
         paths[id(parameter)].append(path)
-    modules = gated_modules(model)
+    modules = {name: module for name, module in gated_modules(model).items() if not module.fsg_stays}
     for name, module in modules.items():
         if problem := refusal(module):
             raise ValueError(f"{name}: {problem}")
@@ -308,7 +348,7 @@ def fold_gates(model: nn.Module) -> nn.Module:
         layer.weight.mul_(gate if transposed else gate.view(-1, *[1] * (layer.weight.ndim - 1)))
         if layer.bias is not None:
             layer.bias.mul_(gate)
-        del module.fsg, module.fsg_kind, module.fsg_axis
+        del module.fsg, module.fsg_kind, module.fsg_axis, module.fsg_stays
         for key in [k for k, hook in module._forward_hooks.items() if hook is apply_gate]:
             del module._forward_hooks[key]
     return model

@@ -24,7 +24,19 @@ from places import Extractor, widen
 from plumbing.cells import Bag, read_cells, split
 from plumbing.data import MetaEncoder, read_table
 from plumbing.files import check_hashes
-from plumbing.images import SUFFIXES, Frame, ImageIndex, frame_of, name_key, read_crops, read_square_or_skip
+from plumbing.images import (
+    SUFFIXES,
+    Frame,
+    ImageIndex,
+    box_raster,
+    cut_depth,
+    frame_of,
+    hide_outside,
+    name_key,
+    read_crops,
+    read_depth,
+    read_square_or_skip,
+)
 from plumbing.runs import FINDER, STACK, Run
 from tasks import task_of
 from util import BOX_SIDE, FOLD, ID, InputError
@@ -76,14 +88,18 @@ def fingerprint_of(scout: models.Scout) -> str:
 class Single:
     """A run of train.py: its networks by fold and the way their images are made."""
 
-    def __init__(self, run: Run, device: torch.device, tta: int | None = None, amp: str = "off", fold: bool = True):
+    def __init__(self, run: Run, device: torch.device, tta: int | None = None, amp: str = "off", fold: bool = True,
+                 depth_dir: Path | None = None):  # fmt: skip
         self.name, self.device, self.amp, self.tta = run.name, device, amp, tta or run.config["args"]["tta"]
         self.networks, self.encoders, self.tasks = {}, {}, {}
         for k in run.folds:
             self.networks[k], content = models.load_checkpoint(run.checkpoint(k), device, fold=fold)
             self.tasks[k] = task_of(content["task"])
             self.encoders[k], self.size = MetaEncoder(content["encoder"]), content["spec"]["image_size"]
-        self.inputs, self.crop = models.MODELS[run.config["args"]["model"]].inputs, run.config["crop"]
+        recipe = models.recipe_of(run.config["args"]["model"], run.config["args"].get("streams", ()))
+        self.inputs, self.crop, self.depth_dir = recipe.inputs, run.config["crop"], depth_dir
+        if "depth" in self.inputs and depth_dir is None:
+            raise InputError(f"{run.path} looks at depth maps; pass --depth_dir")
         self.exact, self.frame = run.config["exact"], run.config["frame"]
         network = next(iter(self.networks.values()))
         self.scout = network if isinstance(network, models.Scout) else None
@@ -121,11 +137,27 @@ class Single:
         if self.crop is not None:
             look = self.look(images, folds)
             table = table.assign(**{BOX_SIDE: [boxes[0].side for boxes in look.boxes] / np.min(images.sizes, axis=1)})
-            parts = [*([seen] if len(self.inputs) > 1 else []), *look.crops.swapaxes(0, 1)]
-            seen = np.concatenate(parts, axis=3)
-        pictures = split(seen, BATCH)
+            names = ("crop",) if self.inputs == ("whole",) else self.inputs
+            pictures = {"whole": lambda: [seen], "crop": lambda: look.crops.swapaxes(0, 1),
+                        "location": lambda: [self.locate(images, look)], "depth": lambda: [self.fathom(images, look)]}
+            seen = np.concatenate([one for name in names for one in pictures[name]()], axis=3)
+        batches = split(seen, BATCH)
         meta = {k: torch.from_numpy(self.encoders[k].encode(table)).split(BATCH) for k in folds or self.networks}
-        return {k: list(zip(pictures, each, strict=True)) for k, each in meta.items()}
+        return {k: list(zip(batches, each, strict=True)) for k, each in meta.items()}
+
+    def locate(self, images: Images, look: Look) -> np.ndarray:
+        """Squares with all but the boxes hidden: uint8 (N, S, S, 3)."""
+        found = []
+        for square, size, boxes in zip(images.squares, images.sizes, look.boxes, strict=True):
+            raster = box_raster(boxes[0].inner, frame_of(*size, self.frame), self.size)
+            found.append(hide_outside(square, raster))
+        return np.stack(found)
+
+    def fathom(self, images: Images, look: Look) -> np.ndarray:
+        """Depth maps of the boxes as grey pictures: uint8 (N, S, S, 3)."""
+        triples = zip(images.table[ID], images.sizes, look.boxes, strict=True)
+        return np.stack([cut_depth(read_depth(self.depth_dir, name), boxes[0].corners, self.size, size)
+                         for name, size, boxes in triples])  # fmt: skip
 
     def check_sees_one(self) -> None:
         """Raise InputError if the networks see several pictures of an image."""
@@ -160,7 +192,7 @@ class Single:
 class Blended:
     """A blend of runs or of further blends."""
 
-    def __init__(self, run: Run, device: torch.device, tta: int | None, amp: str):
+    def __init__(self, run: Run, device: torch.device, tta: int | None, amp: str, depth_dir: Path | None = None):
         self.name, self.task, self.blend = run.name, run.task, BLENDS[run.config["args"]["mode"]]
         used = [(member, weight) for member, weight in run.members() if weight > 0]
         self.mix, self.stack = Weighted(np.array([weight for _, weight in used])), run.config.get("stack")
@@ -172,7 +204,7 @@ class Blended:
             if (facts := self.stack["features"]) is not None:
                 single = Single(used[facts["member"]][0], device, fold=False)
                 self.extractor = Extractor(single, argparse.Namespace(**facts))
-        self.members = [open_predictor(member, device, tta, amp) for member, _ in used]
+        self.members = [open_predictor(member, device, tta, amp, depth_dir) for member, _ in used]
         columns = run.task.columns
         self.history = [dict(tuple(member.table("oof.csv").groupby(FOLD)[columns])) for member, _ in used]
         settings = {(member.size, member.exact, member.frame) for member in self.members}
@@ -215,9 +247,9 @@ class Blended:
         return set(self.encoder.columns).union(*(member.meta_columns() for member in self.members))
 
 
-def open_predictor(run: Run, device: torch.device, tta: int | None, amp: str) -> Single | Blended:
-    """What predicts with a run or a blend."""
-    return (Blended if run.is_blend else Single)(run, device, tta, amp)
+def open_predictor(run: Run, device: torch.device, tta, amp: str, depth_dir=None) -> Single | Blended:
+    """What predicts with a run or a blend; depth_dir: depth maps, for a network that looks at them."""
+    return (Blended if run.is_blend else Single)(run, device, tta, amp, depth_dir=depth_dir)
 
 
 # ---------------------------------------------------------------- images

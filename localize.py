@@ -71,6 +71,7 @@ class Box:
     y1: float
     reason: str = ""
     confidence: float = 0.0  # share of the map in the box less the box's share of the square
+    inner: tuple[float, float, float, float] | None = None  # corners of what an enlarged box is around
 
     @property
     def side(self) -> float:
@@ -310,6 +311,12 @@ def widen(box: Box, factor: float, image_size: tuple[int, int]) -> Box:
     return Box(x0, y0, x0 + side, y0 + side)
 
 
+def enlarge(box: Box, margin: float, image_size: tuple[int, int]) -> Box:
+    """A box with `margin` times its side added on each side where the original has the room, around what it was."""
+    wide = widen(box, 1 + 2 * margin, image_size)
+    return replace(wide, reason=box.reason, confidence=box.confidence, inner=box.inner or box.corners)
+
+
 def peak_rule(attention: np.ndarray, part: Callable = WHOLE, side: float | None = None):
     """The square of a given side, or of PEAK_CELLS cells, that holds most of the map, or a reason: for subjects that
     may be small and anywhere. Of squares that hold about the same the middle one."""
@@ -448,6 +455,7 @@ class Finder:
     frame: Frame = "square"
     box_size: float | None = None
     n_boxes: int = 1  # of an image, at most
+    margin: float = 0.0  # added to a box on each side, in sides
     scout: Scout | None = None  # if what it looks at are cells: the network that makes them
 
     @classmethod
@@ -471,7 +479,7 @@ class Finder:
             layer = facts.get("layer")
             sources[k] = SOURCES[facts["source"]].make(network, saliencies.get(k), meta, evidence, layer)
         how = {key: facts[key] for key in ("rule", "num_devs", "centre", "views", "frame", "box_size")}
-        how["n_boxes"] = facts.get("n_boxes", 1)  # crops of older versions have one
+        how |= {"n_boxes": facts.get("n_boxes", 1), "margin": facts.get("margin", 0.0)}  # unknown to older versions
         return cls(sources, **how, scout=network if isinstance(network, Scout) else None)
 
     def maps(self, seen, device, sizes=(), folds=None, amp: str = "off", batch_size: int = 16):
@@ -492,7 +500,7 @@ class Finder:
     def boxes(self, attention: np.ndarray, image_size: tuple[int, int]) -> list[Box]:
         """Boxes of an image of image_size (width, height) by its map (h, w), best first."""
         how = {key: getattr(self, key) for key in ("n_boxes", "rule", "num_devs", "centre", "frame", "box_size")}
-        return find_boxes(attention, image_size, **how)
+        return [enlarge(box, self.margin, image_size) for box in find_boxes(attention, image_size, **how)]
 
 
 def blank_meta(content: dict) -> np.ndarray:

@@ -9,14 +9,18 @@ References:
     Guan et al., Diagnose like a Radiologist (AG-CNN), 2018: the fusion of whole image and crop.
     Ilse, Tomczak, Welling, Attention-based Deep Multiple Instance Learning, ICML 2018: the scout's pooling.
     Bergner, Lippert, Mahendran, Iterative Patch Selection, ICLR 2023: training through the best tiles alone.
+    Roffo et al., Feature Selection Gates with Gradient Routing, MICCAI 2024: streams, gates on stages.
     Li, Li, Eliceiri, Dual-stream Multiple Instance Learning (DSMIL), CVPR 2021: cells that answer alone.
 """
 
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -34,6 +38,7 @@ from util import InputError
 
 NOTHING = -1e4  # score of a cell that is none; finite, so that a picture of none has a softmax
 FINENESS = 16  # parts of a cell in which places are counted where attention depends on them: few steps make it steep
+FIRST_STRIDE = 4  # of the stages that gates act on; the stem before has none
 CHIP = 32  # pixels; the total stride of the usual backbones, so that a chip becomes one embedding
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -50,6 +55,9 @@ class Spec:
     dropout: float = 0.0
     outputs: int = 1  # K
     gates: str | None = None  # "identity", "paper" or "hard": Feature-Selection Gates in the backbone
+    sites: str = "branches"  # what gates act on: residual "branches", or outputs of "stages"
+    streams: tuple[str, ...] = ()  # pictures that a network with streams sees
+    share_backbone: bool = False  # whether one backbone reads them all
     boxes: int = 1  # crops of an image
     scout_size: int = 1280  # of a scout: long side of what it sees, in pixels
     strides: tuple[int, ...] = (16, 32)  # of the feature maps that it reads
@@ -152,7 +160,8 @@ class MetaResNet(Network):
     def __init__(self, spec: Spec, weights: str = "none"):
         super().__init__(spec, weights)
         self.meta_dim, self.boxes = spec.meta_dim, spec.boxes
-        self.wholes = len(MODELS[spec.model].inputs) - 1  # pictures before the crops, or before the only picture
+        # pictures before the crops, or before the only picture
+        self.wholes = len(recipe_of(spec.model, spec.streams).inputs) - 1
         self.meta_branch, hidden = None, spec.hidden
         if spec.meta_dim:
             self.meta_branch = nn.Sequential(
@@ -194,6 +203,45 @@ class MetaResNet(Network):
         if self.meta_branch is not None:
             features = torch.cat([features, self.meta_branch(meta)], dim=1)
         return self.head(features)
+
+
+class Columns(nn.Module):
+    """Backbones side by side, each for one of several pictures."""
+
+    def __init__(self, backbones: list[nn.Module]):
+        super().__init__()
+        self.parts = nn.ModuleList(backbones)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """image (N, 3 * parts, S, S) -> features (N, C * parts)."""
+        pictures = image.chunk(len(self.parts), dim=1)
+        return torch.cat([part(picture) for part, picture in zip(self.parts, pictures, strict=True)], dim=1)
+
+
+class Streams(MetaResNet):
+    """Several pictures of a thing (spec.streams: its crop, its place in the image, its depth), a backbone for each or
+    one for all, late fusion by concatenation, a hidden layer. Roffo et al. 2024."""
+
+    head_sites = ("head.0", "head.2")  # the fused and the hidden vector, for gates on outputs
+
+    def __init__(self, spec: Spec, weights: str = "none"):
+        super().__init__(spec, weights)
+        if not spec.share_backbone:
+            others = [Network(spec, weights).backbone for _ in spec.streams[1:]]
+            self.backbone = Columns([self.backbone, *others])
+        width = self.features * len(spec.streams) + (spec.hidden if spec.meta_dim else 0)
+        self.head = nn.Sequential(
+            nn.Identity(), nn.Linear(width, spec.hidden), nn.ReLU(), nn.Dropout(spec.dropout),
+            nn.Linear(spec.hidden, spec.outputs),
+        )  # fmt: skip
+
+    def read(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """image (N, 3 * streams, S, S) -> features of all streams (N, C * streams)."""
+        if not isinstance(self.backbone, Columns):
+            return super().read(image)
+        n, _, height, width = image.shape
+        pictures = self.normalise(image.reshape(-1, 3, height, width))
+        return self.backbone(pictures.view(n, -1, height, width)), image.new_ones(n, 1)
 
 
 def spatial_softmax(score: torch.Tensor) -> torch.Tensor:
@@ -488,16 +536,51 @@ class Recipe:
         return self.inputs == ("cells",)
 
 
+STREAMS = {"rgb": "crop", "location": "location", "depth": "depth"}  # a stream's name and its picture in dataset.py
 MODELS = {
     "resnet": Recipe(MetaResNet),
     "chipnet": Recipe(ChipNet, lr=5e-5, head_lr=1e-4, hidden=512),
     "cropnet": Recipe(MetaResNet, inputs=("crop",)),
     "fusion": Recipe(MetaResNet, inputs=("whole", "crop")),
+    "streams": Recipe(Streams),  # its pictures are named by --streams
     "scout": Recipe(
         Scout, head_lr=1e-3, hidden=128, dropout=0.2, batch_size=4, patience=8, inputs=("cells",)
     ),  # for its first epochs it finds nothing
     "fsg_vit": Recipe(MetaResNet, backbone="vit_b_16", gated=True),
 }
+
+
+def recipe_of(model: str, streams: Sequence[str] = ()) -> Recipe:
+    """The recipe of a name of --model, with the pictures of its streams."""
+    recipe = MODELS[model]
+    return replace(recipe, inputs=tuple(STREAMS[name] for name in streams)) if recipe.network is Streams else recipe
+
+
+def stages_of(backbone: nn.Module) -> list[str]:
+    """Names of the modules that end the stages of a network: its blocks if it is a ViT of torchvision or timm, else the
+    last ones of each stride from 4 on."""
+    blocks = [name for name, _ in backbone.named_modules() if re.search(r"(encoder_layer_|^blocks\.)\d+$", name)]
+    if blocks:
+        return blocks
+    was_training, image = backbone.training, torch.zeros(1, 3, 8 * CHIP, 8 * CHIP)
+    network = SimpleNamespace(backbone=backbone.eval(), normalise=lambda image: image)
+    with torch.no_grad():
+        found = find_stages(network, image, (CHIP,))
+    backbone.train(was_training)
+    return [found[stride] for stride in sorted(found) if stride >= FIRST_STRIDE]
+
+
+def gate_stages(model: Network, spec: Spec, init: str, hard: bool) -> None:
+    """Gates on the outputs of all stages, and of streams on the fused and the hidden vector."""
+    columns = model.backbone.parts if isinstance(model.backbone, Columns) else [model.backbone]
+    prefix = "backbone.parts.{}." if isinstance(model.backbone, Columns) else "backbone."
+    sites = [prefix.format(i) + name for i, column in enumerate(columns) for name in stages_of(column)]
+    image = torch.zeros(1, 3 * max(1, len(spec.streams)), spec.image_size, spec.image_size)
+    training = model.training
+    model.eval()
+    run = partial(model, image, torch.zeros(1, spec.meta_dim))
+    fsg.gate_outputs(model, [*sites, *getattr(model, "head_sites", ())], run, init, hard)
+    model.train(training)
 
 
 def build_model(spec: Spec, weights: str = "none") -> Network:
@@ -506,8 +589,12 @@ def build_model(spec: Spec, weights: str = "none") -> Network:
     model = MODELS[spec.model].network(spec, weights)
     if spec.gates is not None:
         hard = spec.gates == "hard"
+        init = "identity" if hard else spec.gates
         try:
-            fsg.add_gates(model.backbone, init="identity" if hard else spec.gates, hard=hard)
+            if spec.sites == "stages":
+                gate_stages(model, spec, init, hard)
+            else:
+                fsg.add_gates(model.backbone, init=init, hard=hard)
         except ValueError as error:
             raise InputError(f"--fsg: {error}") from None
     return model.to(memory_format=torch.channels_last)  # faster convolutions, the same function

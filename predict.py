@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> Path:
     note_seen(run, paths)
     if args.maps:
         return show_maps(args, run, paths)
-    predictor = open_predictor(run, pick_device(args.device), args.tta, args.amp)
+    predictor = open_predictor(run, pick_device(args.device), args.tta, args.amp, args.depth_dir)
     table = read_meta(args, list(paths), predictor.meta_columns())
     output, written = open_output(args.output, "predictions.json", args.overwrite, {}), ["predictions.csv"]
     tables, each_box = [], []
@@ -187,6 +187,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("images", nargs="+", type=Path, help="image files or folders, with their subfolders")
     add("--run", type=Path, required=True, help="finished run or blend")
     add("--output", type=Path, default=Path("predictions"), help="where to write")
+    add("--depth_dir", type=Path, help="depth maps of the images, of a run with --streams depth")
     add("--csv", type=Path, help="metadata of the images [all missing]")
     add("--image_col", default=ID, help="column of image names in --csv")
     add("--tta", type=int, choices=(1, 2, 4, 8), help="views [as trained]")

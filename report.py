@@ -499,14 +499,14 @@ def check_networks(run: Run, data: Data, device: torch.device) -> tuple[bool, st
     """A sample of every fold's held-out rows is predicted as in oof.csv; what is fitted saw training rows."""
     if run.is_blend:
         return True, f"{len(run.members())} members as blended"
-    known = {"tile": 0, "finetune": None} | run.config["args"]  # runs of older versions know no tiles
+    known = {"tile": 0, "finetune": None, "streams": []} | run.config["args"]  # unknown to older versions
     args, oof, worst, fitted = argparse.Namespace(**known), run.table("oof.csv"), 0.0, True
     args.crop_dir, args.guide = args.crop_dir and Path(args.crop_dir), None
     for k in run.folds:
         model, content = models.load_checkpoint(run.checkpoint(k), device)
         if isinstance(model, models.Scout):
             data.cells = data.cells or make_cells(model, data, util.CPUS)
-        images, encoder, task = dataset.make_images(data, k, args, models.MODELS[args.model])
+        images, encoder, task = dataset.make_images(data, k, args, models.recipe_of(args.model, args.streams))
         fitted &= encoder.columns == content["encoder"] and task.facts() == content["task"]
         valid, expected = images["valid"], oof[oof[FOLD] == k].set_index(ID)[task.columns]
         some = np.linspace(0, len(valid) - 1, min(SAMPLE, len(valid))).astype(int)

@@ -1,12 +1,13 @@
 """Train one model on the folds asked for; predict the held-out folds and the test images.
 
-Reads   --data_dir (preprocess.py), for cropnet and fusion also --crop_dir (crop.py)
+Reads   --data_dir (preprocess.py), for cropnet, fusion and streams also --crop_dir (crop.py)
 Writes  runs/NAME/: config.json, for each fold fold{k}_best.pt, fold{k}_last.pt and its tables, and from all folds
         log.csv, oof.csv, test_predictions.csv, submission.csv, metrics.json, curves.png; with gates also gates.csv,
         prune.csv, fold{k}_gates.npy
 
     python train.py --model resnet --fold 0
     python train.py --model resnet --fsg --name resnet_fsg
+    python train.py --model streams --streams rgb location depth --gates stages
     python train.py --model chipnet --fold all --weights none --backbone regnet_tiny --lr 1e-3
     torchrun --nproc_per_node=3 train.py --model resnet
 
@@ -74,7 +75,7 @@ class Progress:
 
 def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team: Team, deadline: float) -> None:
     """Fit a network on all folds but k, keep its best epoch, predict fold k and the test images."""
-    images, encoder, task = dataset.make_images(data, k, args, models.MODELS[args.model])
+    images, encoder, task = dataset.make_images(data, k, args, models.recipe_of(args.model, args.streams))
     train, valid, device = images["train"], images["valid"], team.device
     torch.manual_seed(epoch_seed(args.seed, k, 0))  # initial weights
     spec, weight = make_spec(args, data, encoder.dim), torch.tensor(args.pos_weight, device=device)
@@ -236,14 +237,18 @@ def finish_fold(k: int, args, data: Data, run_dir: Path, team: Team, images: dic
 # ---------------------------------------------------------------- inputs
 def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
     """A copy of the arguments in which what depends on model and task is filled in; InputError if they contradict."""
-    recipe = models.MODELS[args.model]
     args = argparse.Namespace(**vars(args))
+    if models.MODELS[args.model].network is models.Streams:
+        args.streams = args.streams or ["rgb", "location"]
+    elif args.streams or args.share_backbone:
+        raise InputError(f"--streams and --share_backbone are for --model streams; leave them out for {args.model}")
+    recipe = models.recipe_of(args.model, args.streams)
     for key in ("backbone", "lr", "head_lr", "hidden", "dropout", "batch_size", "patience"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(recipe, key))
-    if "crop" in recipe.inputs and args.crop_dir is None:
+    if args.crop_dir is None and set(recipe.inputs) & set(models.STREAMS.values()):
         args.crop_dir = args.data_dir / "crops" / "chipnet"
-    args.name, args.fsg = args.name or args.model, args.fsg or recipe.gated
+    args.name, args.fsg = args.name or args.model, args.fsg or ("branches" if recipe.gated else None)
     if args.workers is None:  # features are sent between processes more slowly than they are read (on two CPU cores)
         args.workers = 0 if recipe.scouts and not args.finetune else min(util.CPUS, 8)
     if recipe.scouts:
@@ -289,8 +294,9 @@ def make_spec(args: argparse.Namespace, data: Data, meta_dim: int = 0) -> models
         raise InputError(f"{args.crop_dir} has {boxes} boxes of an image, {args.model} takes one; pass other crops")
     sizes = {"image_size": data.size, "meta_dim": meta_dim, "outputs": len(data.task.names)}
     parts = {"hidden": args.hidden, "dropout": args.dropout, "gates": args.gate_init, "boxes": boxes}
-    parts |= {key: getattr(args, key) for key in ("scout_size", *SCOUT_FLAGS, "heads")}
-    return models.Spec(args.model, args.backbone, **sizes, **parts, strides=tuple(args.stride))
+    parts |= {key: getattr(args, key) for key in ("scout_size", *SCOUT_FLAGS, "heads", "share_backbone")}
+    parts |= {"strides": tuple(args.stride), "streams": tuple(args.streams), "sites": args.fsg or models.Spec.sites}
+    return models.Spec(args.model, args.backbone, **sizes, **parts)
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -341,10 +347,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     model("--backbone", help="torchvision name, timm:NAME, regnet_tiny, vit_tiny [resnet50; vit_b_16 for fsg_vit]")
     model("--weights", default="imagenet", help="imagenet, none, a file, or a run: its network of the fold")
     model("--hidden", type=count, help="width of the metadata branch or attention [256; chipnet 512, scout 128]")
+    model("--share_backbone", action="store_true", help="of streams: one backbone for all")
     model("--dropout", type=share, help="before the head, 0 to 1 [0.7; scout 0.2]")
     data = parser.add_argument_group("data").add_argument
     data("--data_dir", **util.COMMON_FLAGS["data_dir"])
-    data("--crop_dir", type=Path, help="train on these crops [cropnet, fusion: crops/chipnet in --data_dir]")
+    data("--crop_dir", type=Path, help="train on these crops [cropnet, fusion, streams: crops/chipnet in data_dir]")
+    data("--streams", nargs="+", choices=tuple(models.STREAMS), default=[],
+         help="of --model streams: pictures that it sees [rgb location]")
     data("--augment", choices=tuple(dataset.AUGMENTATIONS), default="skin",
          help="skin: hair, any turn, mirrored, tint; square: quarter turns, mirrored, tint; upright: few degrees, tint")
     data("--jitter", action=BooleanOptionalAction, default=True, help="move and scale boxes in training")
@@ -384,7 +393,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     extra("--ema", type=share, help="score and keep a moving average of the weights, such as .999 per step")
     extra("--layer_decay", type=share, help="factor on a ViT's learning rate from layer to layer, such as .75")
     gate = parser.add_argument_group("gates").add_argument
-    gate("--fsg", action="store_true", help="Feature-Selection Gates in the backbone [always in fsg_vit]")
+    gate("--fsg", "--gates", dest="fsg", nargs="?", const="branches", choices=("branches", "stages"),
+         help="Feature-Selection Gates: on residual branches [always in fsg_vit], or on the outputs of stages, and of "
+         "streams on the fused and the hidden vector")
     gate("--gate_init", choices=("identity", "paper", "hard"), help="start [identity]; hard gates can close")
     gate("--gate_lr", type=positive, help="their learning rate [1e-3]")
     gate("--gate_l1", type=positive, help="weight in the loss of the mean gate, or of the open share of hard ones [0]")

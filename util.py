@@ -15,7 +15,8 @@ ID, TARGET, FOLD, PROB = "image_name", "target", "fold", "prob"  # columns of ev
 EXTERNAL = -1  # fold of images that are trained on in every fold and never held out
 BOX_SIDE = "box_side"  # metadata column: side of the box over the short side of its image; 1 is the whole square
 PLACE = ("place_x", "place_y", "place_side")  # of a box in its wide crop, in fractions of that crop
-OWN_COLUMNS = (FOLD, "width", "height", BOX_SIDE, *PLACE)  # preprocess.py and crop.py add them to a table
+INNER = ("inner_x0", "inner_y0", "inner_x1", "inner_y1")  # what a box is around, in pixels of the original
+OWN_COLUMNS = (FOLD, "width", "height", BOX_SIDE, *PLACE, *INNER)  # preprocess.py and crop.py add them to a table
 
 
 class InputError(ValueError):

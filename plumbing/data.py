@@ -13,7 +13,7 @@ from plumbing.arrays import array_path
 from plumbing.files import check_hashes, read_csv, read_json
 from plumbing.images import ImageIndex, name_key
 from tasks import Task, as_words, task_of
-from util import BOX_SIDE, EXTERNAL, FOLD, ID, PLACE, InputError
+from util import BOX_SIDE, EXTERNAL, FOLD, ID, INNER, PLACE, InputError
 
 META_COLUMNS = ("sex", "age_approx", "anatom_site_general_challenge")  # of ISIC 2020
 CORNERS = ["x0", "y0", "x1", "y1"]  # of a box, in pixels of the original
@@ -166,6 +166,14 @@ def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> tuple[pd.Data
     place = np.full((len(table), number.max() + 1, len(PLACE)), np.nan)
     place[row.astype(int), number] = values
     return table.assign(**{BOX_SIDE: side / short}), place
+
+
+def inner_boxes(crop_dir: Path, split: str) -> np.ndarray:
+    """What the best boxes of a split are around, in pixels of the originals (N, 4)."""
+    path = crop_dir / f"{split}_boxes.csv"
+    boxes = read_table(path, INNER, unique=False)
+    boxes = boxes[boxes["box"] == 0] if "box" in boxes else boxes
+    return np.stack([numbers(boxes, column, path) for column in INNER], axis=1)
 
 
 # ---------------------------------------------------------------- metadata

@@ -52,7 +52,10 @@ def check_inputs(args, data: Data, folds: list[int], uses_meta: bool) -> tuple[d
     if args.crop_dir is not None:
         crop = read_json(args.crop_dir / "crop.json")
         check_crops(args.crop_dir, crop, data, folds)
-        folders["crop"] = args.crop_dir, crop, sizes | {"train_wide": crop["wide_size"]}
+        depth = {f"{split}_depth": size for split, size in sizes.items() if "depth" in args.streams}
+        if depth and crop.get("depth_dir") is None:
+            raise InputError(f"{args.crop_dir} has no depth maps; make it with crop.py --depth_dir")
+        folders["crop"] = args.crop_dir, crop, sizes | {"train_wide": crop["wide_size"]} | depth
         table = with_boxes(table, args.crop_dir, "train")[0]
     if args.guide is not None:
         guide = read_json(args.guide / "crop.json")
@@ -61,7 +64,7 @@ def check_inputs(args, data: Data, folds: list[int], uses_meta: bool) -> tuple[d
     for word, (folder, facts, splits) in folders.items():
         for split, size in splits.items():
             path = array_path(folder, split, size)
-            open_array(path, len(data.test if split == "test" else data.train), size)
+            open_array(path, len(data.test if split.startswith("test") else data.train), size)
             inputs[f"{word} {split}"] = facts["sha256"][path.name]
     meta_columns(table, args.meta_cols if uses_meta else [])
     return inputs, crop

@@ -14,6 +14,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".dcm")
 DICOM = ".dcm"
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF")  # what Pillow may take a file for; for some others it starts programs
 MAX_PIXELS = 250_000_000  # Pillow refuses twice as many: a mammogram has 30 million, a scanned film 200
+DEPTH_SUFFIXES = (".npy", ".png", ".tif", ".tiff")
+MEAN_COLOR = np.array([124, 116, 104], np.float32)  # of ImageNet
 TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 Frame = str | int  # what networks see of an image, see frame_of
 
@@ -223,3 +225,56 @@ def read_crops(path: Path, boxes: list[tuple], sizes: list[int], original_size: 
         found, known = ("{} x {}".format(*size) for size in (found_size, original_size))
         raise InputError(f"{path} is {found} px but was {known} when its box was found; preprocess and crop again")
     return [cut(image, box, size, original_size) for box, size in zip(boxes, sizes, strict=True)]
+
+
+# ---------------------------------------------------------------- depth maps, and all but a box hidden
+def read_depth(folder: Path, name: str) -> np.ndarray:
+    """Depth map of an image by its name, or its path below the folder: float32 (h, w), in any unit. Raises InputError
+    if there is none, or it is no .npy array or 16-bit PNG or TIFF of two dimensions."""
+    import cv2
+
+    stem = name_key(name)
+    places = [folder / f"{key}{suffix}" for key in (stem, stem.rpartition("/")[2]) for suffix in DEPTH_SUFFIXES]
+    path = next((path for path in places if path.is_file()), None)
+    if path is None:
+        raise InputError(f"{folder} has no depth map of {name} ({', '.join(DEPTH_SUFFIXES)}); add it")
+    try:
+        npy = path.suffix == ".npy"
+        depth = np.load(path, allow_pickle=False) if npy else cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        depth = np.asarray(depth, dtype=np.float32)
+        if depth.ndim != 2 or not np.isfinite(depth).all():
+            raise ValueError(f"shape {depth.shape}, or values that are no numbers")
+    except (ValueError, TypeError, EOFError) as error:
+        raise InputError(f"{path} is no depth map (height, width): {error}; make it again") from None
+    return depth
+
+
+def cut_depth(depth: np.ndarray, box: tuple, size: int, original_size: tuple[int, int]) -> np.ndarray:
+    """A box (x0, y0, x1, y1 in pixels of the original) of a depth map of any resolution, its range stretched to 0..255,
+    as a grey picture: uint8 (size, size, 3). Where the box leaves the map, the map is mirrored."""
+    import cv2
+
+    x0, y0, x1, y1 = np.array(box) * np.tile(np.array(depth.shape[::-1]) / original_size, 2)
+    step = (x1 - x0) / size, (y1 - y0) / size
+    if max(step) > 1:  # as area averaging does
+        depth = cv2.GaussianBlur(depth, (0, 0), sigmaX=max(step[0] / 2, 1e-3), sigmaY=max(step[1] / 2, 1e-3))
+    place = np.array([[step[0], 0, x0 + step[0] / 2 - 0.5], [0, step[1], y0 + step[1] / 2 - 0.5]])
+    how = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    part = cv2.warpAffine(depth, place, (size, size), flags=how, borderMode=cv2.BORDER_REFLECT_101)
+    span = max(float(np.ptp(part)), 1e-12)
+    return np.repeat(np.rint(255 * (part - part.min()) / span).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def box_raster(box: tuple, view: tuple, size: int) -> np.ndarray:
+    """Share of every pixel of a picture (size, size) of the square `view` that lies in a box: float32. Both in pixels
+    of the original (x0, y0, x1, y1)."""
+    unit, edges = (view[2] - view[0]) / size, np.arange(size + 1)
+    lines = [np.clip(edges, (box[i] - view[i]) / unit, (box[i + 2] - view[i]) / unit) for i in (0, 1)]
+    across, down = (np.diff(line) for line in lines)
+    return np.outer(down, across).astype(np.float32)
+
+
+def hide_outside(image: np.ndarray, raster: np.ndarray) -> np.ndarray:
+    """A picture uint8 (S, S, 3) with the mean colour where its raster (S, S) is 0."""
+    share = raster[..., None]
+    return np.rint(share * image + (1 - share) * MEAN_COLOR).astype(np.uint8)
