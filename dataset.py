@@ -21,6 +21,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no version check over 
 import albumentations as A
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
@@ -386,13 +387,19 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
 
 
 # ---------------------------------------------------------------- loaders
-def draw_order(strata: np.ndarray, sampler: str, seed: int) -> np.ndarray:
+def draw_order(
+    strata: np.ndarray, sampler: str, seed: int, case: np.ndarray | None = None, per_case: int | None = None
+) -> np.ndarray:
     """Items of an epoch, shuffled: "shuffle" takes each once, "balanced" as many of each stratum (class). Together
     these are twice the largest stratum, or as many as there are items if these are more: with two classes each of the
-    larger once and as many draws from the smaller."""
+    larger once and as many draws from the smaller. per_case: of the items of a case (N,) so many at most, drawn anew in
+    every epoch, as the frames of a lesion are alike."""
     rng, items = np.random.default_rng(seed), np.arange(len(strata))
+    if per_case is not None:
+        shuffled = rng.permutation(items)
+        items = np.sort(shuffled[pd.Series(case[shuffled]).groupby(case[shuffled]).cumcount() < per_case])
     if sampler == "balanced":
-        parts = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+        parts = [items[strata[items] == stratum] for stratum in np.unique(strata[items])]
         share = math.ceil(max(2 * max(map(len, parts)), len(items)) / len(parts))
         once = [rows if len(rows) <= share else rng.choice(rows, share, replace=False) for rows in parts]
         extra = [rng.choice(rows, share - len(rows)) for rows in once]
@@ -424,10 +431,11 @@ def cut_batches(n_items: int, batch_size: int, accumulate: int, rank: int, size:
 
 class TrainLoader:
     """Batches of the training epochs of a fold; one pool of loader processes serves all epochs. strata: of its images
-    (N,); args: sampler, batch_size, accumulate and workers of train.py."""
+    (N,); case: of all rows of the table; args: sampler, per_case, batch_size, accumulate and workers of train.py."""
 
-    def __init__(self, images: ImageDataset, strata: np.ndarray, args, team: Team):
-        self.strata, self.sampler = strata, args.sampler
+    def __init__(self, images: ImageDataset, strata: np.ndarray, case: pd.Series | None, args, team: Team):
+        case = None if case is None else case.to_numpy()[images.rows]
+        self.drawn_from = {"strata": strata, "sampler": args.sampler, "case": case, "per_case": args.per_case}
         self.how = args.batch_size, args.accumulate, team.rank, team.size
         self.batches, self._epoch = [], []
         self._loader = DataLoader(images, batch_sampler=self, **loader_options(args.workers))
@@ -442,7 +450,7 @@ class TrainLoader:
 
     def epoch(self, seed: int) -> Iterator[tuple[int, list[Batch]]]:
         """(items in the whole batch, this process's parts of it), batch by batch; `seed` fixes all draws."""
-        self._epoch, self._seed = draw_order(self.strata, self.sampler, seed).tolist(), seed
+        self._epoch, self._seed = draw_order(**self.drawn_from, seed=seed).tolist(), seed
         self.batches = cut_batches(len(self._epoch), *self.how)
         loaded = iter(self._loader)
         for n_items, shares in self.batches:

@@ -25,6 +25,7 @@ import cv2
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import dataset
@@ -113,10 +114,26 @@ def about(s: Subject) -> str:
              "groups": len(np.unique(s.group)), "folds": ", ".join(map(str, s.run.folds))}  # fmt: skip
     keys = ("mode", "model", "backbone", "weights", "epochs", "batch_size", "lr", "head_lr", "loss", "augment", "seed")
     facts |= {key: args[key] for key in keys if args.get(key) is not None}
-    facts |= {"commit": s.run.config.get("commit"),
+    facts |= size_of(s) | {"commit": s.run.config.get("commit"),
               "versions": ", ".join(f"{k} {v}" for k, v in s.run.config.get("versions", {}).items()),
               "command": " ".join(map(str, s.run.config.get("argv", [])))}  # fmt: skip
     return html.facts({key: str(value) for key, value in facts.items() if value not in ("", None)})
+
+
+def size_of(s: Subject) -> dict[str, str]:
+    """Parameters of a network, and the multiplications and additions that an image costs it; of a blend nothing."""
+    if s.run.is_blend:
+        return {}
+    network, content = models.load_checkpoint(s.run.checkpoint(s.run.folds[0]))
+    found = {"parameters": f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} million"}
+    if not isinstance(network, models.Scout):
+        spec = models.Spec(**content["spec"])
+        pictures = getattr(network, "wholes", 0) + spec.boxes
+        image = torch.ones(1, 3 * pictures, spec.image_size, spec.image_size)  # a black one would be no crop
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            network(image, torch.zeros(1, spec.meta_dim))
+        found["cost of an image"] = f"{counter.get_total_flops() / 1e9:.2f} GFLOP"
+    return found
 
 
 def scores_of(s: Subject) -> str:

@@ -122,25 +122,30 @@ def of_confusion(counts: np.ndarray) -> dict[str, float]:
     }
 
 
-def score_bands(cuts: tuple, target: np.ndarray, value: np.ndarray, group: np.ndarray, fold: np.ndarray) -> dict:
-    """Scores of predicted values (N,) as classes of the true ones (N,) between cuts, and of every cut alone, beside
-    those of always saying the commonest class; `f1` with its 95 % interval over groups. The thresholds on predictions
-    are learned from the other folds; of a single fold they are the cuts themselves."""
-    band, cross = bands_of(target, cuts), len(np.unique(fold)) > 1
+def decide_bands(cuts: tuple, target: np.ndarray, value: np.ndarray, fold: np.ndarray) -> tuple[np.ndarray, list, bool]:
+    """(class that each predicted value (N,) is taken for, thresholds on predictions learned from all rows, whether they
+    were learned). The thresholds of a fold are learned from the other folds; of a single fold they are the cuts."""
+    band = bands_of(target, cuts)
 
     def learn(rows: np.ndarray) -> np.ndarray:
-        found = [find_cut(band[rows] > j, value[rows]) for j in range(len(cuts))]
-        return np.maximum.accumulate(found)
+        return np.maximum.accumulate([find_cut(band[rows] > j, value[rows]) for j in range(len(cuts))])
 
+    if len(np.unique(fold)) == 1:
+        return bands_of(value, cuts), list(cuts), False
     taken = np.empty(len(value), dtype=int)
     for k in np.unique(fold):
-        limits = learn(fold != k) if cross else np.array(cuts, float)
-        taken[fold == k] = (value[fold == k, None] >= limits).sum(axis=1)
-    views = {", ".join(f"{cut:g}" for cut in cuts): (band, taken)}
-    views |= {f"{cut:g}": (1 * (band > j), 1 * (taken > j)) for j, cut in enumerate(cuts)}
-    found = {"thresholds": (learn(fold >= fold.min()) if cross else np.array(cuts, float)).tolist(), "learned": cross}
-    for name, (true, guess) in views.items():
-        classes = (len(cuts) if true is band else 1) + 1
+        taken[fold == k] = (value[fold == k, None] >= learn(fold != k)).sum(axis=1)
+    return taken, learn(np.full(len(fold), True)).tolist(), True
+
+
+def score_bands(cuts: tuple, target: np.ndarray, value: np.ndarray, group: np.ndarray, fold: np.ndarray) -> dict:
+    """Scores of predicted values (N,) as classes of the true ones (N,) between cuts, and of every cut alone, beside
+    those of always saying the commonest class; `f1` with its 95 % interval over groups."""
+    band, (taken, thresholds, learned) = bands_of(target, cuts), decide_bands(cuts, target, value, fold)
+    views = {", ".join(f"{cut:g}" for cut in cuts): (band, taken, len(cuts) + 1)}
+    views |= {f"{cut:g}": (1 * (band > j), 1 * (taken > j), 2) for j, cut in enumerate(cuts)}
+    found = {"thresholds": thresholds, "learned": learned}
+    for name, (true, guess, classes) in views.items():
         counts = confusion(true, guess, classes)
         constant = confusion(true, np.full_like(true, counts.sum(axis=1).argmax()), classes)
         again = [of_confusion(confusion(true, guess, classes, weight))["f1"] for weight in bootstrap_weights(group)]

@@ -37,15 +37,17 @@ import util
 from losses import NEED_CUTS, average_of, epoch_seed, guide_loss, loss_of, loss_of_prob, lr_factor, mix_and_smooth
 from plumbing import gates, runs
 from plumbing.backbones import read_torch_file
-from plumbing.cells import make_cells
+from plumbing.cells import Cells, make_cells
 from plumbing.data import Data, read_data
 from plumbing.distributed import Team
+from plumbing.figures import draw_inputs, save_figure
 from plumbing.files import atomic, provenance, read_json, write_table
 from plumbing.guards import check_inputs, fold_weights
 from tasks import KINDS, Task, main_score, pick_rows
 from util import FOLD, ID, InputError, Stopped
 
 SCOUT_FLAGS = ("tile", "finetune", "top_m", "place", "witness")  # off unless given, for scouts alone
+INPUTS = 8  # training images that are drawn as the network sees them
 GATE_DEFAULTS = {"gate_init": "identity", "gate_lr": 1e-3, "gate_l1": 0.0, "routing": "single"}
 
 
@@ -87,13 +89,13 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
     network = torch.compile(network, mode=args.compile) if args.compile else network
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     routing = make_routing(args, model, network, scaler)
-    loader = dataset.TrainLoader(train, task.strata(data.target[train.rows]), args, team)
+    loader = dataset.TrainLoader(train, task.strata(data.target[train.rows]), data.case, args, team)
     valid_loader = dataset.eval_loader(valid, team.rows(len(valid)), args.batch_size, args.workers)
-    trained_on = {"folds_sha256": data.folds_sha256, "fold": k}
-    about = {"trained_on": trained_on, "encoder": encoder.columns, "task": task.facts()}
+    about = {"trained_on": {"folds_sha256": data.folds_sha256, "fold": k}, "encoder": encoder.columns}
     parts = {"model": model, "average": average, "scaler": scaler}
     parts |= {"optimizer": routing.optimizer, "gate_optimizer": routing.gate_optimizer}
     last_path, best_path = run_dir / f"fold{k}_last.pt", run_dir / f"fold{k}_best.pt"
+    show_inputs(train, args.seed, run_dir / f"fold{k}_inputs.png", team)
     progress = load_progress(last_path, parts) if args.resume and last_path.exists() else Progress()
 
     while progress.epochs < args.epochs and progress.epochs - progress.best_epoch < args.patience:
@@ -146,7 +148,7 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
         # ---- write; a stop after this loses nothing
         if team.leads:
             if improved:
-                models.save_checkpoint(best_path, scored, spec, epoch=epoch, **about)
+                models.save_checkpoint(best_path, scored, spec, epoch=epoch, task=task.facts(), **about)
             save_progress(last_path, parts, progress, task.metric)
         if team.mean(time.monotonic() > deadline) > 0:
             raise Stopped(f"--max_hours {args.max_hours:g} are over after {where}; the same with --resume goes on")
@@ -159,6 +161,14 @@ def predict(model: models.Network, task: Task, loader, args, team: Team, tta: in
     """Predictions of a whole data set (N, K), of which every process loads and predicts its own rows."""
     loader.dataset.dataset.choose(model, models.autocast(team.device, args.amp))
     return team.gather(models.predict(model, task, loader, team.device, tta, args.amp), len(loader.dataset.dataset))
+
+
+def show_inputs(train: dataset.ImageDataset, seed: int, path: Path, team: Team) -> None:
+    """Draw some training images as the network sees them; a scout sees none. The leader does."""
+    if not team.leads or isinstance(train.sources[0], Cells):
+        return
+    some = np.linspace(0, len(train) - 1, INPUTS).astype(int)
+    save_figure(path, draw_inputs(torch.stack([train[i, 1.0, (seed, i)].image for i in some]).numpy()))
 
 
 def make_routing(args: argparse.Namespace, model, network, scaler) -> fsg.GradientRouting:
@@ -307,6 +317,8 @@ def main(args: argparse.Namespace) -> Path:
         torch.use_deterministic_algorithms(True)
     team, data = Team.join(args.device), read_data(args.data_dir)
     args = fill_defaults(args, data.task)
+    if args.per_case is not None and data.case is None:
+        raise InputError("--per_case needs cases with several images; name their column with preprocess.py --case_col")
     run_dir = args.runs_dir / args.name
     folds = parse_folds(args.fold, data.facts["n_folds"])
     inputs, crop = check_inputs(args, data, folds, models.MODELS[args.model].network.uses_meta)
@@ -333,7 +345,8 @@ def main(args: argparse.Namespace) -> Path:
             runs.collect(run_dir, data)
     team.leave()
     if team.leads:
-        print(runs.score_line(args.name, runs.collect(run_dir, data)))
+        metrics = runs.collect(run_dir, data)
+        print(runs.score_line(args.name, metrics), *runs.band_lines(metrics), sep="\n")
     return run_dir
 
 
@@ -372,6 +385,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     losses = dict.fromkeys(loss for kind in KINDS.values() for loss in kind.losses())
     fit("--loss", choices=tuple(losses), help="focal has gamma 2 [focal; of a quantity smooth_l1]")
     fit("--sampler", choices=("balanced", "shuffle"), default="balanced", help="balanced: all classes equally often")
+    fit("--per_case", type=count, help="images of a case, such as a lesion, in an epoch, drawn anew each time [all]")
     fit("--lr", type=positive, help="of the backbone [1e-5; chipnet 5e-5]")
     fit("--head_lr", type=positive, help="of the rest [5e-5; chipnet 1e-4, scout 1e-3]")
     fit("--schedule", choices=("exponential", "cosine"), default="exponential", help="x .95 per epoch; or with warm-up")

@@ -31,6 +31,18 @@ def save_figure(path: Path, figure) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
+def draw_inputs(image: np.ndarray):
+    """What a network sees of images (N, 3 * pictures, S, S): a column for each."""
+    n, channels = image.shape[:2]
+    figure = new_figure(figsize=(1.2 * n, 0.4 * channels))
+    columns = figure.subplots(channels // 3, n, squeeze=False).T
+    for axes, pictures in zip(columns, image.reshape(n, channels // 3, 3, *image.shape[2:]), strict=True):
+        for axis, picture in zip(axes, pictures, strict=True):
+            axis.imshow(picture.transpose(1, 2, 0))
+            axis.set_axis_off()
+    return figure
+
+
 def draw_statistics(table: pd.DataFrame):
     """Images and cases of every fold, by class if there are some; table: of preprocess.py."""
     figure = new_figure(figsize=(10, 3.6))

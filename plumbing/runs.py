@@ -93,6 +93,19 @@ def score_line(name: str, metrics: dict) -> str:
     return f"{name:<12} {metric} of folds {' '.join(folds)}   mean {mean}   oof {oof} [{low}, {high}]"
 
 
+def band_lines(metrics: dict) -> list[str]:
+    """Lines of a result table for the classes of a quantity, of images and of cases; none without cuts."""
+    lines = []
+    for what, part in (("images", metrics), ("cases", metrics.get("cases", {}))):
+        for cut, of in part.get("bands", {}).items():
+            if isinstance(of, dict):
+                f1, low, high = of["f1"], *of["f1_interval"]
+                lines.append(f"  {what} cut at {cut}: macro F1 {f1:.3f} [{low:.3f}, {high:.3f}], weighted "
+                             f"{of['f1_weighted']:.3f}; always the commonest {of['f1_of_baseline']:.3f}, "
+                             f"{of['f1_weighted_of_baseline']:.3f}")  # fmt: skip
+    return lines
+
+
 # ---------------------------------------------------------------- writing
 def write_run(run_dir: Path, oof: pd.DataFrame, test, data: Data, folds: list, ranks=False, **extra) -> dict:
     """Write what every run, blends included, leaves behind; returns the metrics. oof: image_name, fold, target, prob

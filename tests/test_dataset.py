@@ -139,6 +139,11 @@ def test_order_of_an_epoch():
     classes = np.repeat(np.arange(5), [20, 18, 16, 16, 16])  # as many draws as images, although 40 would balance them
     drawn = classes[draw_order(classes, "balanced", seed=0)]
     assert np.bincount(drawn).tolist() == [18] * 5
+    lesion = np.repeat(np.arange(20), np.arange(1, 21))
+    some = draw_order(np.zeros(210), "shuffle", 0, lesion, per_case=5)
+    assert np.bincount(lesion[some]).tolist() == [min(n, 5) for n in range(1, 21)]
+    assert len(set(some)) == len(some)
+    assert set(some) != set(draw_order(np.zeros(210), "shuffle", 1, lesion, per_case=5))  # drawn anew
     one, same, other = (draw_order(target, "shuffle", seed).tolist() for seed in (0, 0, 1))
     assert one == same != other
     assert one != sorted(one) == sorted(other) == list(range(13))
@@ -167,7 +172,8 @@ def test_draws_depend_on_seed_and_position_alone(data_dir):
         images = make(data_dir, A.Compose([A.RandomBrightnessContrast(brightness_limit=(-0.9, 0.9), p=1)]))
         images.rows[:] = 0  # equal pictures, on which every item draws a random shade
         how = {"sampler": "shuffle", "batch_size": batch_size, "accumulate": accumulate, "workers": workers}
-        return TrainLoader(images, images.rows, SimpleNamespace(**how), Team(torch.device("cpu"), rank, size))
+        how["per_case"] = None
+        return TrainLoader(images, images.rows, None, SimpleNamespace(**how), Team(torch.device("cpu"), rank, size))
 
     def shades(loader, seed):
         parts = [part for _, batch in loader.epoch(seed) for part in batch]

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import losses
 from dataset import Batch
 from losses import OF_CLASSES, OF_LABELS, lr_factor
-from tasks import Binary
+from tasks import Binary, MultiLabel
 
 BINARY = Binary(("1",), "auc")
 LOGIT = torch.tensor([[0.3], [-2.0], [1.5]])
@@ -102,3 +102,10 @@ def test_several_logits_are_learned_alike():
     first, second = torch.randn(3, 1), torch.randn(3, 1).bfloat16()
     each = [losses.loss_of(task, "bce", logit.float(), goal) for logit in (first, second)]
     assert torch.allclose(losses.loss_of(task, "bce", [first, second], goal), sum(each) / 2)
+
+
+def test_bce_of_several_labels_is_torchs_multi_label_soft_margin_loss():
+    task = MultiLabel(("a", "b", "c"), "ap")
+    logit, goal = torch.randn(4, 3), torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]])
+    expected = F.multilabel_soft_margin_loss(logit, goal, reduction="none")
+    torch.testing.assert_close(losses.loss_of(task, "bce", logit, goal), expected)

@@ -24,7 +24,7 @@ from util import InputError, Stopped
 
 TABLES = ("oof.csv", "test_predictions.csv", "submission.csv")
 SHARED = {"config.json", "log.csv", *TABLES, "metrics.json", "curves.png"}
-OWN = ("best.pt", "last.pt", "log.csv", "oof.csv", "test.csv", "metrics.json")
+OWN = ("best.pt", "inputs.png", "last.pt", "log.csv", "oof.csv", "test.csv", "metrics.json")
 
 
 def names(folder):
