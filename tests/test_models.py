@@ -22,8 +22,9 @@ BINARY = Binary(("1",), "auc")
 
 
 def spec(model="resnet", **changes):
-    vit = {"backbone": "vit_tiny", "gates": "identity"} if model == "fsg_vit" else {"backbone": "regnet_tiny"}
-    return Spec(**{"model": model, "image_size": 64, "meta_dim": 5, "hidden": 8, "dropout": 0.1} | vit | changes)
+    own = {"fsg_vit": {"backbone": "vit_tiny", "gates": "identity"}, "streams": {"streams": ("rgb", "location")}}
+    same = {"model": model, "backbone": "regnet_tiny", "image_size": 64, "meta_dim": 5, "hidden": 8, "dropout": 0.1}
+    return Spec(**same | own.get(model, {}) | changes)
 
 
 def batch(n=3, size=64, pictures=1):
@@ -48,7 +49,7 @@ def shaken(network):
 @pytest.mark.parametrize("name", sorted(models.MODELS.keys() - {"scout"}))  # its backbone is frozen
 def test_every_model_learns_with_every_parameter_and_is_rebuilt_from_its_checkpoint(name, tmp_path):
     model = build_model(spec(name))
-    image, meta = batch(pictures=len(models.MODELS[name].inputs))
+    image, meta = batch(pictures=len(models.recipe_of(name, spec(name).streams).inputs))
     logit = model(image, meta)
     assert logit.shape == (3, 1)
     logit.square().sum().backward()
