@@ -575,8 +575,8 @@ def gate_stages(model: Network, spec: Spec, init: str, hard: bool) -> None:
     columns = model.backbone.parts if isinstance(model.backbone, Columns) else [model.backbone]
     prefix = "backbone.parts.{}." if isinstance(model.backbone, Columns) else "backbone."
     sites = [prefix.format(i) + name for i, column in enumerate(columns) for name in stages_of(column)]
-    image = torch.zeros(1, 3 * max(1, len(spec.streams)), spec.image_size, spec.image_size)
-    training = model.training
+    pictures, training = getattr(model, "wholes", 0) + spec.boxes, model.training
+    image = torch.zeros(1, 3 * pictures, spec.image_size, spec.image_size)
     model.eval()
     run = partial(model, image, torch.zeros(1, spec.meta_dim))
     fsg.gate_outputs(model, [*sites, *getattr(model, "head_sites", ())], run, init, hard)

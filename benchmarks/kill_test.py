@@ -37,6 +37,7 @@ from util import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 SEVERAL = 0.4  # chance that a resumed call is killed as well
+BOX = ("xmin", "ymin", "xmax", "ymax")
 ROOM = (0.0, 0.3, 0.9)  # of what a script needs
 # what differs from call to call; "metrics": of a blend, hashes of its members' metrics.json, which hold seconds
 DIFFERS = {"argv", "commit", "resume", "overwrite", "seconds", "images_per_second", "metrics"}
@@ -90,7 +91,8 @@ def list_stages() -> list[Stage]:
     prepare = ["preprocess.py", "--train_csv", "input/train.csv", "--size", "64", "--n_folds", "2", "--workers", "1"]
     kinds = []
     for kind, columns in {"classes": ["spot"], "labels": ["left", "high"], "quantity": ["width_mm"]}.items():
-        kinds.append(Stage(f"{kind}: preprocess", [*prepare, "--output_dir", kind, "--target_col", *columns]))
+        cut = ["--cut", "1", "2", "--case_col", "patient_id"] if kind == "quantity" else []
+        kinds.append(Stage(f"{kind}: preprocess", [*prepare, "--output_dir", kind, "--target_col", *columns, *cut]))
         words = ["train.py", "--model", "resnet", *fit, "--data_dir", kind, "--runs_dir", f"runs_{kind}"]
         kinds.append(Stage(f"{kind}: train", words))
     scout = ["train.py", "--model", "scout", *fit[:-2], "--scout_size", "96", "--runs_dir", "scouts"]
@@ -102,6 +104,11 @@ def list_stages() -> list[Stage]:
         Stage("scout: train cropnet", ["train.py", "--model", "cropnet", *fit, "--runs_dir", "scouts", "--crop_dir",
                                        "data/crops/scout_attention"]),
         Stage("scout: train tiles", [*scout, "--name", "tiles", "--tile", "32", "--finetune", "all", "--top_m", "4"]),
+        Stage("prepare", ["prepare.py", "real_colon", "input/raw", "--output_dir", "raw", "--frames_per_lesion", "3"]),
+        Stage("streams: crop", [*crop, "--source", "saliency", "--margin", ".5", "--depth_dir", "input/depth",
+                                "--output_dir", "streams"]),
+        Stage("streams: train", ["train.py", "--model", "streams", "--streams", "rgb", "location", "depth", *fit,
+                                 "--gates", "stages", "--crop_dir", "streams/saliency", "--runs_dir", "runs_streams"]),
         Stage("crop saliency", [*crop, "--source", "saliency"]),
         Stage("train resnet", ["train.py", "--model", "resnet", *fit, "--fold", "0"]),
         Stage("train resnet, fold 1", ["train.py", "--model", "resnet", *fit, "--fold", "1"], True),
@@ -122,8 +129,10 @@ def list_stages() -> list[Stage]:
 
 
 def draw_inputs(folder: Path) -> None:
-    """24 training images of 12 patients and 8 test images, noise and a disc, coloured by class; labels of all kinds."""
+    """24 training images of 12 patients and 8 test images, noise and a disc, coloured by class; labels of all kinds;
+    depth maps; and films as REAL-colon has them."""
     (folder / "images").mkdir(parents=True)
+    (folder / "depth").mkdir()
     rng, rows = np.random.default_rng(0), []
     for i in range(32):
         picture, target = rng.normal(180, 8, (96, 80 + i, 3)), i % 4 // 2
@@ -132,6 +141,7 @@ def draw_inputs(folder: Path) -> None:
         picture[disc] = (120, 60, 60) if target else (60, 90, 120)
         image = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
         image.save(folder / "images" / f"{i:04d}.jpg")
+        np.save(folder / "depth" / f"{i:04d}.npy", picture.mean(axis=2))
         rows.append({"image_name": f"{i:04d}", "patient_id": f"p{i // 2}", "sex": ("male", "female")[i % 3 == 0],
                      "target": target, "spot": ("red", "blue", "dull")[target + (i % 8 > 5)],
                      "left": int(i % 3 == 0), "high": int(i % 5 < 2), "width_mm": 0.5 + i / 10})  # fmt: skip
@@ -139,6 +149,17 @@ def draw_inputs(folder: Path) -> None:
     table[:24].to_csv(folder / "train.csv", index=False)
     labels = ["target", "spot", "left", "high", "width_mm"]
     table[24:].drop(columns=labels).to_csv(folder / "test.csv", index=False)
+    videos = [f"001-00{v}" for v in range(1, 4)]
+    for video in videos:
+        for kind in ("frames", "annotations"):
+            (folder / "raw" / f"{video}_{kind}").mkdir(parents=True)
+        for i in range(8):
+            shutil.copy(folder / "images" / f"{i:04d}.jpg", folder / "raw" / f"{video}_frames" / f"{video}_{i}.jpg")
+            box = "".join(f"<{side}>{value}</{side}>" for side, value in zip(BOX, (5, 6, 40, 50 + i), strict=True))
+            note = f"<annotation><object><unique_id>{video}_1</unique_id><bndbox>{box}</bndbox></object></annotation>"
+            (folder / "raw" / f"{video}_annotations" / f"{video}_{i}.xml").write_text(note)
+    sizes = pd.DataFrame({"unique_object_id": [f"{video}_1" for video in videos], "size [mm]": [3, 7, 12]})
+    sizes.to_csv(folder / "raw" / "lesion_info.csv", index=False)
 
 
 # ---------------------------------------------------------------- calls

@@ -111,6 +111,14 @@ def test_stages_of_known_networks():
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize(("model", "boxes", "pictures_seen"), [("resnet", 3, 3), ("fusion", 1, 2), ("chipnet", 1, 1)])
+def test_other_networks_take_gates_on_stages_too(model, boxes, pictures_seen):
+    spec = models.Spec(model, "resnet18", 64, hidden=8, gates="paper", sites="stages", boxes=boxes)
+    network = models.build_model(spec).eval()
+    assert list(fsg.gated_modules(network)) == [f"backbone.layer{i}" for i in (1, 2, 3, 4)]
+    assert network(pictures(2, pictures_seen), torch.empty(2, 0)).shape == (2, 1)
+
+
 def test_a_gate_on_an_output_closes_its_channel():
     model = models.build_model(spec_of(["rgb"], "resnet18", gates="identity", sites="stages")).eval()
     stage = model.backbone.parts[0].layer2
