@@ -289,7 +289,8 @@ class ImageDataset(Dataset):
         seed = None if place is None else int(np.random.SeedSequence(place).generate_state(1)[0])
         if seed is not None:
             self.transform.set_random_seed(seed)
-        row, rng = self.rows[i], self.transform.random_generator
+        # a generator of its own: every transform begins with the numbers of the pipeline's
+        row, rng = self.rows[i], np.random.default_rng(None if place is None else [*place, 1])
         pictures, guide = [source(row, rng) for source in self.sources], np.empty(0, np.float32)
         if isinstance(self.sources[0], Cells):
             image = self._vary(pictures[0]) if place is not None and self.transform.transforms else pictures[0]

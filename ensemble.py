@@ -26,7 +26,7 @@ from blends import BLENDS, Blend, Weighted, average_of, by_order, scores_of, val
 from calibration import parts_of
 from plumbing.data import Data, MetaEncoder, meta_columns, read_data
 from plumbing.files import atomic, check_hashes, provenance, read_json, sha256, write_json
-from plumbing.runs import STACK, Run, read_run, remove_run, score_line, write_run
+from plumbing.runs import STACK, Run, band_lines, read_run, remove_run, score_line, write_run
 from scores import bootstrap_weights, interval, rank_in_fold
 from tasks import Task
 from util import BOX_SIDE, FOLD, ID, InputError
@@ -136,7 +136,7 @@ def report(runs: list[Run], weights: np.ndarray, name: str, metrics: dict, blend
     """Print the runs with their weights, the blend, and what learning gained."""
     for run, weight in zip(runs, weights, strict=True):
         print(score_line(run.name, run.metrics) + ("" if blend.stacks else f"   weight {weight:.2f}"))
-    print(score_line(name, metrics))
+    print(score_line(name, metrics), *band_lines(metrics), sep="\n")
     if (gain := metrics["learned"]) is not None:
         (low, high), metric = gain["gain_interval"], metrics["metric"]
         print(f"equal weights: oof {gain[f'equal_weights_{metric}']:.3f}")
@@ -148,7 +148,7 @@ def report(runs: list[Run], weights: np.ndarray, name: str, metrics: dict, blend
 def check_data(runs: list[Run], data: Data) -> None:
     """Raise InputError unless all runs were trained on the folds of the data."""
     for run in runs:
-        if run.config["inputs"]["folds"] != data.folds_sha256 or run.config["task"] != data.task.facts():
+        if run.config["inputs"]["folds"] != data.folds_sha256 or run.task != data.task:
             raise InputError(f"{run.path} has other folds or another target than {data.directory}; pass its --data_dir "
                              "or other --runs")  # fmt: skip
 

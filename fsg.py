@@ -207,8 +207,8 @@ def gate_outputs(
     """Give the outputs of some modules, such as whole stages or a vector of features, one gate per channel, as the
     paper does in CNNs; returns the same model. These gates fold into no layer, since a skip or a ReLU lies before them.
 
-    sites: names of modules, patterns allowed. run: passes an example through the model, which shows how many channels
-    an output has. init, hard: as of add_gates. Raises ValueError if nothing matches or an output is no tensor.
+    sites: names of modules, patterns allowed. run: passes a square example through the model, which shows what are the
+    channels of an output. init, hard: as of add_gates. Raises ValueError if nothing matches or an output is no tensor.
     """
     names, shapes, hooks = match_sites(model, list(sites)), {}, []
     for name in names:
@@ -226,8 +226,13 @@ def gate_outputs(
         module, shape = model.get_submodule(name), shapes.get(name)
         if problem := "it has a gate already" if hasattr(module, GATE) else "" if shape else "its output is no tensor":
             raise ValueError(f"{name}: {problem}")
-        layers = layers_of(module)
-        axis = channel_axis(layers[-1]) if layers else (1 if len(shape) == 4 else -1)
+        axis, last = -1, layers_of(module)[-1:]
+        if len(shape) == 4:  # of a square picture the two equal sides are places, the third is channels
+            axis = 1 if shape[2] == shape[3] else -1
+            if shape[1] == shape[2] == shape[3]:  # a convolution tells, a linear layer does not
+                axis = channel_axis(last[0]) if last else -1
+                if axis == -1:
+                    raise ValueError(f"{name}: no telling the channels of {tuple(shape)}; run a square of another size")
         put_gate(module, shape[axis], axis, init, hard, stays=True)
     return model
 

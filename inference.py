@@ -99,7 +99,7 @@ class Single:
         recipe = models.recipe_of(run.config["args"]["model"], run.config["args"].get("streams", ()))
         self.inputs, self.crop, self.depth_dir = recipe.inputs, run.config["crop"], depth_dir
         if "depth" in self.inputs and depth_dir is None:
-            raise InputError(f"{run.path} looks at depth maps; pass --depth_dir")
+            raise InputError(f"{run.path} looks at depth maps; pass predict.py --depth_dir, without --maps")
         self.exact, self.frame = run.config["exact"], run.config["frame"]
         network = next(iter(self.networks.values()))
         self.scout = network if isinstance(network, models.Scout) else None

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -38,7 +37,9 @@ from util import InputError
 
 NOTHING = -1e4  # score of a cell that is none; finite, so that a picture of none has a softmax
 FINENESS = 16  # parts of a cell in which places are counted where attention depends on them: few steps make it steep
-FIRST_STRIDE = 4  # of the stages that gates act on; the stem before has none
+# names of stages: ResNet; ConvNeXt, Swin, RegNet, EfficientNet, ViT of timm; ViT, RegNet, ConvNeXt of torchvision
+STAGES = (r"layer\d", r"stages\.\d+", r"layers\.\d+", r"s\d", r"blocks\.\d+", r"encoder\.layers\.\w+_\d+",
+          r"trunk_output\.block\d+", r"features\.\d+")  # fmt: skip
 CHIP = 32  # pixels; the total stride of the usual backbones, so that a chip becomes one embedding
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -148,7 +149,7 @@ def layers_of(backbone: nn.Module, ids: set[int]) -> list[list[nn.Parameter]]:
         if id(parameter) in ids:
             layers.setdefault(place, []).append(parameter)
     if place == 0:
-        raise InputError("--layer_decay is for ViTs of torchvision and timm; leave it out")
+        raise InputError("--layer_decay is for a single ViT of torchvision or timm; leave it out")
     return [layers[place] for place in sorted(layers)]
 
 
@@ -184,7 +185,7 @@ class MetaResNet(Network):
         n, _, height, width = image.shape
         image = image.reshape(-1, 3, height, width)
         if self.scorer is None:
-            return self.backbone(self.normalise(image)).view(n, -1), image.new_ones(n, 1)
+            return self.backbone(self.normalise(image)).reshape(n, -1), image.new_ones(n, 1)
         there = (image != 0).flatten(1).any(dim=1)
         there[self.wholes :: self.wholes + self.boxes] = True  # there always is a best one
         found = self.backbone(self.normalise(image[there]))
@@ -536,13 +537,15 @@ class Recipe:
         return self.inputs == ("cells",)
 
 
-STREAMS = {"rgb": "crop", "location": "location", "depth": "depth"}  # a stream's name and its picture in dataset.py
+# a stream's name and its picture in dataset.py
+STREAMS = {"whole": "whole", "rgb": "crop", "location": "location", "depth": "depth"}
 MODELS = {
     "resnet": Recipe(MetaResNet),
     "chipnet": Recipe(ChipNet, lr=5e-5, head_lr=1e-4, hidden=512),
     "cropnet": Recipe(MetaResNet, inputs=("crop",)),
     "fusion": Recipe(MetaResNet, inputs=("whole", "crop")),
     "streams": Recipe(Streams),  # its pictures are named by --streams
+    "probe": Recipe(MetaResNet, dropout=0.0),
     "scout": Recipe(
         Scout, head_lr=1e-3, hidden=128, dropout=0.2, batch_size=4, patience=8, inputs=("cells",)
     ),  # for its first epochs it finds nothing
@@ -552,22 +555,17 @@ MODELS = {
 
 def recipe_of(model: str, streams: Sequence[str] = ()) -> Recipe:
     """The recipe of a name of --model, with the pictures of its streams."""
-    recipe = MODELS[model]
-    return replace(recipe, inputs=tuple(STREAMS[name] for name in streams)) if recipe.network is Streams else recipe
+    return replace(MODELS[model], inputs=tuple(STREAMS[name] for name in streams)) if streams else MODELS[model]
 
 
 def stages_of(backbone: nn.Module) -> list[str]:
-    """Names of the modules that end the stages of a network: its blocks if it is a ViT of torchvision or timm, else the
-    last ones of each stride from 4 on."""
-    blocks = [name for name, _ in backbone.named_modules() if re.search(r"(encoder_layer_|^blocks\.)\d+$", name)]
-    if blocks:
-        return blocks
-    was_training, image = backbone.training, torch.zeros(1, 3, 8 * CHIP, 8 * CHIP)
-    network = SimpleNamespace(backbone=backbone.eval(), normalise=lambda image: image)
-    with torch.no_grad():
-        found = find_stages(network, image, (CHIP,))
-    backbone.train(was_training)
-    return [found[stride] for stride in sorted(found) if stride >= FIRST_STRIDE]
+    """Names of the modules that end the stages of a network, or the blocks of a ViT. Raises ValueError if they are
+    called otherwise than in the known families."""
+    names = [name for name, module in backbone.named_modules() if not isinstance(module, nn.Identity)]
+    for pattern in STAGES:
+        if len(found := [name for name in names if re.fullmatch(pattern, name)]) > 1:
+            return found
+    raise ValueError(f"the stages of {type(backbone).__name__} are not known; pass --gates branches")
 
 
 def gate_stages(model: Network, spec: Spec, init: str, hard: bool) -> None:
@@ -640,7 +638,10 @@ def backbone_state(path: Path) -> dict:
     content = read_torch_file(path)
     if "spec" not in content:
         return content
-    return fsg.fold_gates(load_checkpoint(path)[0].backbone).state_dict()
+    backbone = fsg.fold_gates(load_checkpoint(path)[0].backbone)
+    if isinstance(backbone, Columns) or fsg.gated_modules(backbone):
+        raise InputError(f"{path} has a backbone for each stream, or gates that fold into no layer; pass another")
+    return backbone.state_dict()
 
 
 # ---------------------------------------------------------------- prediction

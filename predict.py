@@ -32,7 +32,7 @@ from plumbing.data import CORNERS
 from plumbing.distributed import pick_device
 from plumbing.figures import draw_picture, draw_row, new_figure, save_figure
 from plumbing.files import finish_output, open_output, provenance, sha256, write_table
-from plumbing.images import configure_pillow, read_image
+from plumbing.images import configure_pillow, find_depth, read_image
 from plumbing.runs import Run, read_run
 from util import ID, PROB, InputError
 
@@ -136,6 +136,8 @@ def main(args: argparse.Namespace) -> Path:
     if args.maps:
         return show_maps(args, run, paths)
     predictor = open_predictor(run, pick_device(args.device), args.tta, args.amp, args.depth_dir)
+    for name in paths if args.depth_dir else ():
+        find_depth(args.depth_dir, name)  # raises InputError if it is missing
     table = read_meta(args, list(paths), predictor.meta_columns())
     output, written = open_output(args.output, "predictions.json", args.overwrite, {}), ["predictions.csv"]
     tables, each_box = [], []

@@ -218,13 +218,13 @@ def fold_statistics(table: pd.DataFrame, task: Task, col: str | None, case_col: 
     return pd.DataFrame(rows)
 
 
-def warn_of_straddling(table: pd.DataFrame, col: str | None) -> None:
-    """Say how many patients lie in several folds, if folds keep something else whole."""
-    if col != PATIENT and PATIENT in table:
-        straddling = int((table.dropna(subset=PATIENT).groupby(PATIENT)[FOLD].nunique() > 1).sum())
-        if straddling:
-            print(f"warning: {straddling} patients lie in several folds, so networks are scored on patients that they "
-                  f"have seen; --group_col {PATIENT} keeps them whole")  # fmt: skip
+def warn_of_straddling(table: pd.DataFrame, col: str | None, case_col: str | None) -> None:
+    """Say how many patients or cases lie in several folds, if folds keep something else whole."""
+    for column in dict.fromkeys((PATIENT, case_col)):
+        known = table.dropna(subset=column) if column in table and column != col else table[:0]
+        if straddling := int((known.groupby(column)[FOLD].nunique() > 1).sum()) if len(known) else 0:
+            print(f"warning: {straddling} values of {column} lie in several folds, so networks are scored on what they "
+                  f"have seen; --group_col {column} keeps them whole")  # fmt: skip
 
 
 # ---------------------------------------------------------------- images
@@ -332,7 +332,7 @@ def main(args: argparse.Namespace) -> Path:
         "sha256": {path.name: sha256(path) for path in written},
     }  # fmt: skip
     finish_output(folder, "preprocess.json", facts | provenance())
-    warn_of_straddling(train, col)
+    warn_of_straddling(train, col, case_col)
     for k, rows in train.groupby(FOLD):
         name = "in no fold, external" if k == EXTERNAL else f"fold {k}"
         print(f"{name}: {len(rows)} images{task.sum_up(rows[task.targets].to_numpy(float))}")

@@ -32,8 +32,8 @@ BATCH = 32  # images that the network sees at a time
 
 def make_features(network: MetaResNet, data: Data, images: dict, key: list, device, amp: str) -> dict[str, np.ndarray]:
     """Features of all images of a data directory by split (N, C * pictures), computed unless they are there. images: an
-    ImageDataset of each split, not augmented; key: what the pictures depend on. They lie in features/ below the data, in
-    a folder for this backbone, its weights and these pictures; a stopped call goes on."""
+    ImageDataset of each split, not augmented; key: what the pictures depend on. They lie in features/ below the data,
+    in a folder for this backbone, its weights and these pictures; a stopped call goes on."""
     network.eval()
     digest = hashlib.sha256(repr((amp, key)).encode())
     for name, value in network.backbone.state_dict().items():
@@ -105,11 +105,15 @@ def fit_head(
     x, parts = (x - mean) * scale, min(PARTS, len(np.unique(group)))
     if parts < 2:
         raise InputError("a fold has training images of one group alone; a probe needs two")
-    losses = np.zeros(len(STRENGTHS))
-    for rest, held_out in GroupKFold(parts).split(x, groups=group):
-        for i, strength in enumerate(STRENGTHS):
+    splits, losses = list(GroupKFold(parts).split(x, groups=group)), []
+    for strength in STRENGTHS:
+        loss = 0.0
+        for rest, held_out in splits:
             weight, bias = fit_linear(task, x[rest], target[rest], strength)
-            losses[i] += loss_of(x[held_out] @ weight.T + bias, held_out)
-    strength = float(STRENGTHS[losses.argmin()])
+            loss += loss_of(x[held_out] @ weight.T + bias, held_out)
+        losses.append(loss)
+        if loss > min(losses):  # weaker penalties only take longer
+            break
+    strength = float(STRENGTHS[np.argmin(losses)])
     weight, bias = fit_linear(task, x, target, strength)
     return weight * scale, bias - weight @ (mean * scale), strength

@@ -51,9 +51,9 @@ from plumbing.figures import (
 from plumbing.files import atomic, check_hashes, read_json, remove
 from plumbing.gates import draw_gates
 from plumbing.images import frame_of
-from plumbing.runs import STACK, Run, read_run, score_line
+from plumbing.runs import STACK, Run, find_probe, read_run, score_line
 from scores import bootstrap_weights, confusion, interval, rank_in_fold
-from tasks import score_folds
+from tasks import score_folds, task_of
 from util import BOX_SIDE, FOLD, ID, InputError
 
 SAMPLE = 16  # held-out rows of each fold that are predicted again
@@ -139,16 +139,21 @@ def size_of(s: Subject) -> dict[str, str]:
 def scores_of(s: Subject) -> str:
     """Scores beside those of the best constant prediction."""
     main, task = s.metrics.get("ranked", s.metrics["pooled"]), s.task
+    other = find_probe(s.run.path.parent, s.data.folds_sha256)
+    known = [] if other is None or other.path == s.run.path else [other.metrics]  # of a probe, if there is one
     low, high = main[f"{task.metric}_interval"] or (None, None)
     rows = [[f"{task.metric} (main)", main[task.metric], f"{html.number(low)} to {html.number(high)}",
+             *(probe.get("ranked", probe["pooled"])[task.metric] for probe in known),
              constant(s, task.metric)]]  # fmt: skip
     pooled = s.metrics["pooled"]
-    rows += [[name, pooled[name], "", constant(s, name)] for name in task.metrics
-             if name in pooled and name != task.metric]  # fmt: skip
-    text = html.table(["out of fold", "score", "95 %", "constant prediction"], rows)
+    rows += [[name, pooled[name], "", *(probe["pooled"][name] for probe in known), constant(s, name)]
+             for name in task.metrics if name in pooled and name != task.metric]  # fmt: skip
+    head = ["out of fold", "score", "95 %", *("probe" for _ in known), "constant prediction"]
+    text = html.table(head, rows)
     if "cases" in s.metrics:
         column, of = s.data.facts["case_col"], s.metrics["cases"]
         words = f"{task.metric} {html.number(of[task.metric])} of {of['rows']} cases ({column})"
+        words += f", {of['left_out']} of several classes left out" * (of["left_out"] > 0)
         text += f"<p>{escape(words)}; a case is predicted by the mean, a quantity by the median, of its images.</p>"
     if "ranked" in s.metrics:
         text += "<p>The main score is of ranks inside folds; the others are of all rows together.</p>"
@@ -524,7 +529,7 @@ def check_networks(run: Run, data: Data, device: torch.device) -> tuple[bool, st
         if isinstance(model, models.Scout):
             data.cells = data.cells or make_cells(model, data, util.CPUS)
         images, encoder, task = dataset.make_images(data, k, args, models.recipe_of(args.model, args.streams))
-        fitted &= encoder.columns == content["encoder"] and task.facts() == content["task"]
+        fitted &= encoder.columns == content["encoder"] and task == task_of(content["task"])
         valid, expected = images["valid"], oof[oof[FOLD] == k].set_index(ID)[task.columns]
         some = np.linspace(0, len(valid) - 1, min(SAMPLE, len(valid))).astype(int)
         loader = dataset.eval_loader(valid, some, args.batch_size, workers=0)

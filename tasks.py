@@ -524,12 +524,14 @@ def score(task: Task, target: np.ndarray, prob: np.ndarray, group: np.ndarray, o
 
 def by_case(task: Task, oof: pd.DataFrame, case: pd.Series) -> pd.DataFrame:
     """Held-out predictions of cases seen in several images, such as lesions (case: of every image, by image_name): the
-    median of a quantity, the mean of probabilities, under the name of the first image. Cases whose images differ in
-    their target are left out."""
+    median of a quantity and of its prediction, the mean of probabilities, under the name of the first image. Cases
+    whose images are of different classes are left out; one in several folds counts in each."""
     parts = oof.assign(case=case[oof[ID]].to_numpy()).groupby(["case", FOLD], sort=False)
     found = parts[task.columns].agg("mean" if task.probabilistic else "median")
-    found[[ID, *task.targets]] = parts[[ID, *task.targets]].first()
-    return found[(parts[task.targets].nunique() <= 1).all(axis=1)].reset_index()
+    found[ID] = parts[ID].first()
+    found[task.targets] = parts[task.targets].first() if task.probabilistic else parts[task.targets].median()
+    alike = (parts[task.targets].nunique() <= 1).all(axis=1) | (not task.probabilistic)
+    return found[alike].reset_index()
 
 
 def score_folds(task: Task, oof: pd.DataFrame, group: pd.Series, folds: list[int], ranks: bool = False,
@@ -558,7 +560,9 @@ def score_folds(task: Task, oof: pd.DataFrame, group: pd.Series, folds: list[int
     table = oof[:0] if case is None else by_case(task, oof, case)
     if len(table):
         whole = score_folds(task, table, group, sorted(set(table[FOLD])), ranks)
-        found["cases"] = whole["pooled"] | ({"bands": whole["bands"]} if "bands" in whole else {})
+        main = {key: value for key, value in whole.get("ranked", {}).items() if key.startswith(task.metric)}
+        found["cases"] = whole["pooled"] | main | ({"bands": whole["bands"]} if "bands" in whole else {})
+        found["cases"]["left_out"] = len(set(zip(case[oof[ID]], oof[FOLD], strict=True))) - len(table)
     return found
 
 

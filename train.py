@@ -5,6 +5,7 @@ Writes  runs/NAME/: config.json, for each fold fold{k}_best.pt, fold{k}_last.pt 
         log.csv, oof.csv, test_predictions.csv, submission.csv, metrics.json, curves.png; with gates also gates.csv,
         prune.csv, fold{k}_gates.npy
 
+    python train.py --model probe
     python train.py --model resnet --fold 0
     python train.py --model resnet --fsg --name resnet_fsg
     python train.py --model streams --streams rgb location depth --gates stages
@@ -33,6 +34,7 @@ from tqdm import tqdm
 import dataset
 import fsg
 import models
+import probe
 import util
 from losses import NEED_CUTS, average_of, epoch_seed, guide_loss, loss_of, loss_of_prob, lr_factor, mix_and_smooth
 from plumbing import gates, runs
@@ -43,10 +45,12 @@ from plumbing.distributed import Team
 from plumbing.figures import draw_inputs, save_figure
 from plumbing.files import atomic, provenance, read_json, write_table
 from plumbing.guards import check_inputs, fold_weights
-from tasks import KINDS, Task, main_score, pick_rows
+from tasks import KINDS, Task, main_score, pick_rows, plain, prob_of
 from util import FOLD, ID, InputError, Stopped
 
 SCOUT_FLAGS = ("tile", "finetune", "top_m", "place", "witness")  # off unless given, for scouts alone
+# of no use where nothing is trained
+NOT_FOR_PROBES = ("mixup", "fsg", "guide", "layer_decay", "label_smoothing", "ema", "per_case", "meta_cols")
 INPUTS = 8  # training images that are drawn as the network sees them
 GATE_DEFAULTS = {"gate_init": "identity", "gate_lr": 1e-3, "gate_l1": 0.0, "routing": "single"}
 
@@ -157,6 +161,52 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
     finish_fold(k, args, data, run_dir, team, images, task, progress)
 
 
+def fit_probe(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team: Team, deadline: float) -> None:
+    """Fit a linear head to frozen features of all folds but k; predict fold k and the test images."""
+    started = time.monotonic()
+    images, encoder, task = dataset.make_images(data, k, args, models.recipe_of(args.model, args.streams))
+    spec, rows = make_spec(args, data), {part: each.rows for part, each in images.items()}
+    torch.manual_seed(args.seed)  # random weights are the same in every fold
+    model = models.build_model(spec, fold_weights(args.weights, data, k)).to(team.device)
+    sources = {"train": images["valid"].sources} | ({"test": images["test"].sources} if "test" in images else {})
+    whole = {split: dataset.ImageDataset(each, np.arange(n := len(data.tables()[split])), np.empty((n, 0)))
+             for split, each in sources.items()}  # fmt: skip
+    crops = args.crop_dir and read_json(args.crop_dir / "crop.json")["sha256"]
+    key = [args.streams, data.facts["sha256"], crops]
+    x = probe.make_features(model, data, whole, key, team.device, args.amp)
+    target = data.target[rows["train"]]
+
+    def loss(logit: np.ndarray, some: np.ndarray) -> float:
+        return loss_of_prob(task, args.loss, prob_of(task, logit), task.goal(target[some]))
+
+    group = data.group.to_numpy()[rows["train"]]
+    weight, bias, strength = probe.fit_head(task, x["train"][rows["train"]], target, group, loss)
+    prob = {part: prob_of(task, x["test" if part == "test" else "train"][each] @ weight.T + bias)
+            for part, each in rows.items()}  # fmt: skip
+    model.head[-1].load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
+    about = {"trained_on": {"folds_sha256": data.folds_sha256, "fold": k}, "encoder": encoder.columns}
+    models.save_checkpoint(run_dir / f"fold{k}_best.pt", model, spec, epoch=1, task=task.facts(), **about)
+    score, seconds = main_score(task, data.target[rows["valid"]], prob["valid"]), time.monotonic() - started
+    row = {FOLD: k, "epoch": 1, "train_loss": loss_of_prob(task, args.loss, prob["train"], task.goal(target))}
+    row |= {"valid_loss": loss_of_prob(task, args.loss, prob["valid"], images["valid"].goal)}
+    row |= {f"valid_{task.metric}": task.metrics[task.metric].sign * score, "strength": strength, "seconds": seconds}
+    write_table(run_dir / f"fold{k}_log.csv", pd.DataFrame([row]))
+    tables = {part: fold_table(part, k, data, rows[part], task, prob[part]) for part in rows.keys() - {"train"}}
+    facts = {"epochs": 1, "best_epoch": 1, "best_score": plain(score), "last_score": plain(score), "strength": strength}
+    facts |= {"seconds": seconds, "train_rows": len(target)} | provenance()
+    runs.write_fold(run_dir, k, facts, tables["valid"], tables.get("test"))
+
+
+def fold_table(part: str, k: int, data: Data, rows: np.ndarray, task: Task, prob: np.ndarray) -> pd.DataFrame:
+    """Predictions of fold k's network for its held-out images (with their target) or the test images."""
+    table = (data.test if part == "test" else data.train).iloc[rows]
+    known = table[task.targets].to_numpy() if part == "valid" else np.empty((len(table), 0))
+    found = pd.DataFrame({ID: table[ID].to_numpy(), FOLD: k})
+    found[task.targets[: known.shape[1]]] = known
+    found[task.columns] = prob
+    return found
+
+
 def predict(model: models.Network, task: Task, loader, args, team: Team, tta: int = 1) -> np.ndarray:
     """Predictions of a whole data set (N, K), of which every process loads and predicts its own rows."""
     loader.dataset.dataset.choose(model, models.autocast(team.device, args.amp))
@@ -219,12 +269,9 @@ def finish_fold(k: int, args, data: Data, run_dir: Path, team: Team, images: dic
     model = models.load_checkpoint(run_dir / f"fold{k}_best.pt", team.device)[0]
     valid, tables = images["valid"], {}
     for part in sorted(images.keys() - {"train"}):  # in the same order in all processes
-        ids = (data.test if part == "test" else data.train)[ID].to_numpy()[images[part].rows]
-        loader = dataset.eval_loader(images[part], team.rows(len(ids)), args.batch_size, args.workers)
-        tables[part] = pd.DataFrame({ID: ids, FOLD: k})
-        if part == "valid":
-            tables[part][task.targets] = data.train[task.targets].to_numpy()[valid.rows]
-        tables[part][task.columns] = predict(model, task, loader, args, team, args.tta)
+        loader = dataset.eval_loader(images[part], team.rows(len(images[part])), args.batch_size, args.workers)
+        prob = predict(model, task, loader, args, team, args.tta)
+        tables[part] = fold_table(part, k, data, images[part].rows, task, prob)
     if not team.leads:
         return
     if getattr(model, "boxes", 1) > 1:
@@ -249,18 +296,21 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
     """A copy of the arguments in which what depends on model and task is filled in; InputError if they contradict."""
     args = argparse.Namespace(**vars(args))
     if models.MODELS[args.model].network is models.Streams:
-        args.streams = args.streams or ["rgb", "location"]
-    elif args.streams or args.share_backbone:
+        args.streams = list(dict.fromkeys(args.streams or ["rgb", "location"]))
+    elif args.share_backbone or (args.streams and args.model != "probe"):
         raise InputError(f"--streams and --share_backbone are for --model streams; leave them out for {args.model}")
     recipe = models.recipe_of(args.model, args.streams)
     for key in ("backbone", "lr", "head_lr", "hidden", "dropout", "batch_size", "patience"):
         if getattr(args, key) is None:
             setattr(args, key, getattr(recipe, key))
-    if args.crop_dir is None and set(recipe.inputs) & set(models.STREAMS.values()):
+    if args.crop_dir is None and set(recipe.inputs) & {"crop", "location", "depth"}:
         args.crop_dir = args.data_dir / "crops" / "chipnet"
     args.name, args.fsg = args.name or args.model, args.fsg or ("branches" if recipe.gated else None)
     if args.workers is None:  # features are sent between processes more slowly than they are read (on two CPU cores)
         args.workers = 0 if recipe.scouts and not args.finetune else min(util.CPUS, 8)
+    given = [key for key in NOT_FOR_PROBES if getattr(args, key)] + ["pos_weight"] * (args.pos_weight != [1.0])
+    if args.model == "probe" and given:
+        raise InputError(f"--{given[0]} is for what is trained; a probe is fitted to frozen features: leave it out")
     if recipe.scouts:
         given = [key for key in ("mixup", "fsg", "guide", "crop_dir", "layer_decay") if getattr(args, key)]
         given += ["tta"] if (args.tta or 1) > 1 else []
@@ -269,6 +319,10 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
             raise InputError(f"--{given[0]} changes pictures or backbone, which a scout has seen before; leave it out")
     elif given := [key for key in SCOUT_FLAGS if getattr(args, key)]:
         raise InputError(f"--{given[0]} is for scouts; leave it out for {args.model}")
+    args.jitter = args.jitter and "depth" not in recipe.inputs  # depth maps are of the boxes themselves
+    if args.model == "probe":
+        args.jitter, args.meta_cols, args.tta = False, [], 1
+        args.loss = args.loss or {"OF_LABELS": "bce", "OF_CLASSES": "ce", "OF_QUANTITIES": "mse"}[task.family]
     args.tta = args.tta or (1 if recipe.scouts else dataset.AUGMENTATIONS[args.augment].views)
     args.loss = args.loss or next(iter(task.losses()))
     if args.loss not in task.losses():
@@ -300,7 +354,7 @@ def parse_folds(words: list[str], n_folds: int) -> list[int]:
 def make_spec(args: argparse.Namespace, data: Data, meta_dim: int = 0) -> models.Spec:
     """What models.build_model needs to rebuild the network. Raises InputError if it cannot take so many crops."""
     boxes = 1 if args.crop_dir is None else read_json(args.crop_dir / "crop.json").get("n_boxes", 1)
-    if boxes > 1 and models.MODELS[args.model].network is not models.MetaResNet:
+    if boxes > 1 and (models.MODELS[args.model].network is not models.MetaResNet or args.model == "probe"):
         raise InputError(f"{args.crop_dir} has {boxes} boxes of an image, {args.model} takes one; pass other crops")
     sizes = {"image_size": data.size, "meta_dim": meta_dim, "outputs": len(data.task.names)}
     parts = {"hidden": args.hidden, "dropout": args.dropout, "gates": args.gate_init, "boxes": boxes}
@@ -339,14 +393,20 @@ def main(args: argparse.Namespace) -> Path:
         folds = folds[team.rank :: team.size]
     elif args.fsg and args.routing not in ("off", "single"):
         raise InputError(f"--routing {args.routing} takes one process per fold; start one for each fold, or one")
+    if args.model == "probe" and team.size > 1:
+        raise InputError("a probe takes one process; start it without torchrun")
+    fit = fit_probe if args.model == "probe" else train_fold
     for k in folds:
-        train_fold(k, args, data, run_dir, together, deadline)
+        fit(k, args, data, run_dir, together, deadline)
         if together.leads and k != folds[-1]:  # the last one is collected below
             runs.collect(run_dir, data)
     team.leave()
     if team.leads:
         metrics = runs.collect(run_dir, data)
         print(runs.score_line(args.name, metrics), *runs.band_lines(metrics), sep="\n")
+        other = runs.find_probe(args.runs_dir, data.folds_sha256)
+        if other is not None and args.model != "probe":
+            print(runs.score_line(other.name, other.metrics))
     return run_dir
 
 
@@ -369,7 +429,7 @@ def get_args_parser() -> argparse.ArgumentParser:
          help="of --model streams: pictures that it sees [rgb location]")
     data("--augment", choices=tuple(dataset.AUGMENTATIONS), default="skin",
          help="skin: hair, any turn, mirrored, tint; square: quarter turns, mirrored, tint; upright: few degrees, tint")
-    data("--jitter", action=BooleanOptionalAction, default=True, help="move and scale boxes in training")
+    data("--jitter", action=BooleanOptionalAction, default=True, help="move boxes in training; not with depth")
     data("--meta_cols", nargs="*", help="metadata columns [sex, age and site; with crops also box_side]")
     data("--scout_size", type=count, default=models.Spec.scout_size,
          help="of a scout: longest side of what it sees, in pixels")

@@ -1,7 +1,7 @@
 """Image files: which file a name means, decoding, and cutting squares out of originals."""
 
 import unicodedata
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -228,18 +228,30 @@ def read_crops(path: Path, boxes: list[tuple], sizes: list[int], original_size: 
 
 
 # ---------------------------------------------------------------- depth maps, and all but a box hidden
-def read_depth(folder: Path, name: str) -> np.ndarray:
-    """Depth map of an image by its name, or its path below the folder: float32 (h, w), in any unit. Raises InputError
-    if there is none, or it is no .npy array or 16-bit PNG or TIFF of two dimensions."""
-    import cv2
+@cache
+def list_depth(folder: Path) -> dict[str, Path]:
+    """Depth maps below a folder by their path in it, without suffix."""
+    return {name_key(path.relative_to(folder).with_suffix(".png").as_posix()): path
+            for path in sorted(folder.rglob("*")) if path.suffix.lower() in DEPTH_SUFFIXES}  # fmt: skip
 
-    stem = name_key(name)
-    places = [folder / f"{key}{suffix}" for key in (stem, stem.rpartition("/")[2]) for suffix in DEPTH_SUFFIXES]
-    path = next((path for path in places if path.is_file()), None)
+
+def find_depth(folder: Path, name: str) -> Path:
+    """Depth map of an image by its name, or its path below the folder; raises InputError if there is none."""
+    known, key = list_depth(folder), name_key(name)
+    path = known.get(key) or known.get(key.rpartition("/")[2])
     if path is None:
         raise InputError(f"{folder} has no depth map of {name} ({', '.join(DEPTH_SUFFIXES)}); add it")
+    return path
+
+
+def read_depth(folder: Path, name: str) -> np.ndarray:
+    """Depth map of an image: float32 (h, w), in any unit. Raises InputError if there is none, or it is no .npy array or
+    grey picture of 8 or 16 bits."""
+    import cv2
+
+    path = find_depth(folder, name)
     try:
-        npy = path.suffix == ".npy"
+        npy = path.suffix.lower() == ".npy"
         depth = np.load(path, allow_pickle=False) if npy else cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
         depth = np.asarray(depth, dtype=np.float32)
         if depth.ndim != 2 or not np.isfinite(depth).all():

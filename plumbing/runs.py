@@ -4,6 +4,7 @@ Every fold writes files of its own; `collect` makes the shared ones of them. A b
 """
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def read_run(path: Path) -> Run:
     if not (path / "metrics.json").exists():
         raise InputError(f"{path} is not finished; train it or go on with --resume")
     return Run(path, config, read_json(path / "metrics.json"))
+
+
+def find_probe(runs_dir: Path, folds_sha256: str) -> Run | None:
+    """A finished probe on the same folds in a directory of runs."""
+    for path in sorted(runs_dir.glob("*/metrics.json")):
+        with suppress(InputError, OSError):  # a neighbour may be broken, or be written now
+            run = read_run(path.parent)
+            if run.config["args"].get("model") == "probe" and run.config["inputs"]["folds"] == folds_sha256:
+                return run
+    return None
 
 
 def score_line(name: str, metrics: dict) -> str:

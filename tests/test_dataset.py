@@ -132,6 +132,22 @@ def test_items_with_guides_that_turn_with_their_images_and_sum_to_one(data_dir, 
     assert guide.shrink(np.zeros((64, 64), np.float32)).sum() == 0  # a map of nothing is no division by 0
 
 
+def test_boxes_and_augmentation_draw_different_numbers():
+    drawn = []
+
+    def source(row, rng):
+        drawn.append(rng.random())
+        return np.zeros((8, 8, 3), np.uint8)
+
+    images = ImageDataset([source], [0], np.empty((1, 0)), transform=A.Compose([A.HorizontalFlip()]))
+    for place in ((0, 0), (0, 0), (0, 1)):
+        images[0, 1.0, place]
+        seed = int(np.random.SeedSequence(place).generate_state(1)[0])
+        images.transform.set_random_seed(seed)
+        assert drawn[-1] != images.transform.random_generator.random()
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_order_of_an_epoch():
     target = np.array([0] * 10 + [1] * 3)
     counts = np.bincount(draw_order(target, "balanced", seed=0), minlength=13)

@@ -11,7 +11,7 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-BUDGET, README_BYTES = 9320, 12_000  # lines of all modules, length of the README
+BUDGET, README_BYTES = 9540, 12_000  # lines of all modules, length of the README
 SCRIPTS = {"prepare", "preprocess", "train", "crop", "ensemble", "predict", "report", "features"}
 # what a module may import of ours; a script all but scripts
 ALLOWED = {"util": (), "fsg": (), "losses": ("scores",), "scores": (), "tasks": ("util", "scores", "losses"),
@@ -19,6 +19,7 @@ ALLOWED = {"util": (), "fsg": (), "losses": ("scores",), "scores": (), "tasks": 
            "calibration": ("util", "scores", "tasks"),
            "plumbing": ("util", "scores", "tasks", "calibration", "fsg", "plumbing"),
            "models": ("util", "tasks", "fsg", "plumbing"),
+           "probe": ("util", "tasks", "plumbing", "models"),
            "maps": ("util", "fsg", "plumbing", "models"),
            "places": ("util", "plumbing", "localize", "maps"),
            "inference": ("util", "tasks", "plumbing", "models", "localize", "places", "blends"),

@@ -40,6 +40,8 @@ def test_classes_between_cuts_are_the_clinics():
     assert TASK.band_names == ["up to 5", "5 to 10", "from 10"]
     assert TASK.strata(np.array([[5.0], [np.nan], [10.0]])).tolist() == [1, 0, 3]
     assert tasks.task_of(json.loads(json.dumps(TASK.facts()))) == TASK
+    old = {key: value for key, value in tasks.Binary(("1",), "auc").facts().items() if key != "cuts"}
+    assert tasks.task_of(old) == tasks.Binary(("1",), "auc")  # runs of older versions
 
 
 def test_scores_of_a_confusion_matrix_are_sklearns():
@@ -78,6 +80,17 @@ def test_thresholds_are_learned_from_the_other_folds():
     assert alone["5, 10"]["f1"] < 0.5
     moved = np.where(fold == 1, target / 2, target)  # thresholds of the one fold are wrong for the other
     assert scores.score_bands(CUTS, target, moved, np.arange(60), fold)["5, 10"]["accuracy"] < 0.7
+
+
+def test_cases_of_several_images():
+    oof = pd.DataFrame({"image_name": list("abcdef"), "fold": [0, 0, 0, 1, 1, 1], "target": [1.0, 3, 2, 5, 5, 5],
+                        "pred": [2.0, 9, 3, 4, 6, 7]})  # fmt: skip
+    case = pd.Series(list("xxxyyz"), index=oof["image_name"])
+    found = tasks.by_case(tasks.Regression(("mm",), "mae"), oof, case)
+    assert found[["target", "pred"]].to_numpy().tolist() == [[2, 3], [5, 5], [5, 7]]
+    binary = oof.assign(target=[1, 0, 1, 1, 1, 0], prob=[0.2, 0.4, 0.9, 0.5, 0.7, 0.1])
+    found = tasks.score_folds(tasks.Binary(("1",), "auc"), binary, case, [0, 1], case=case)["cases"]
+    assert (found["rows"], found["left_out"], found["auc"]) == (2, 1, 1.0)
 
 
 def test_weights_of_sizes_act_on_millimetres():
@@ -123,7 +136,8 @@ def test_preprocessing_keeps_sizes_in_proportion_and_says_what_lies_where(polyps
 
 
 @pytest.mark.parametrize(("flags", "words"), [
-    (["--group_col", "lesion_id"], "patients lie in several folds"), (["--group_col", "patient_id"], ""),
+    (["--group_col", "lesion_id"], "values of patient_id lie in several folds"), (["--group_col", "patient_id"], ""),
+    (["--group_col", "none"], "values of lesion_id lie in several folds"),
     (["--case_col", "polyp"], "no column 'polyp'"), (["--cut", 10, 5], "--cut 10 5"), (["--cut", 5, 99], "in no row"),
     (["--cut", 5, "--task", "binary", "--positive", 5], "for quantities"),
 ])  # fmt: skip

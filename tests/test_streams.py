@@ -100,15 +100,23 @@ def test_gates_start_as_the_identity_learn_and_survive_a_checkpoint(backbone, si
     assert left == (len(gates) if sites == "stages" else 0)
 
 
-def test_stages_of_known_networks():
-    assert models.stages_of(resnet18()) == ["layer1", "layer2", "layer3", "layer4"]
-    vit = models.build_model(models.Spec("resnet", "vit_tiny", 64)).backbone
-    assert models.stages_of(vit) == [f"encoder.layers.encoder_layer_{i}" for i in range(4)]
-    network = resnet18().train()
-    before = copy.deepcopy(network.state_dict())
-    models.stages_of(network)
-    assert network.training
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+@pytest.mark.parametrize(("backbone", "channels"), [
+    ("resnet18", [64, 128, 256, 512]), ("vit_tiny", [96] * 4),
+    ("convnext_tiny", [96, 96, 192, 192, 384, 384, 768, 768]),
+    ("swin_t", [96, 96, 192, 192, 384, 384, 768, 768]), ("timm:convnext_atto", [40, 80, 160, 320]),
+    ("timm:tf_efficientnet_lite0", [16, 24, 40, 80, 112, 192, 320]), ("timm:vit_tiny_patch16_224", [192] * 12),
+])  # fmt: skip
+def test_gates_on_stages_are_one_per_channel(backbone, channels):
+    spec = models.Spec("resnet", backbone, 96, gates="paper", sites="stages")
+    assert [len(gate) for gate in fsg.gate_parameters(models.build_model(spec))] == channels
+
+
+def test_stages_that_are_not_known_are_refused():
+    with pytest.raises(InputError, match="stages of DenseNet are not known; pass --gates branches"):
+        models.build_model(models.Spec("resnet", "densenet121", 64, gates="paper", sites="stages"))
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="no telling the channels"):
+        fsg.gate_outputs(network, ["1"], lambda: network(torch.zeros(1, 3, 8, 8)))
 
 
 @pytest.mark.parametrize(("model", "boxes", "pictures_seen"), [("resnet", 3, 3), ("fusion", 1, 2), ("chipnet", 1, 1)])
@@ -136,8 +144,9 @@ def test_a_gate_on_an_output_closes_its_channel():
         fsg.gate_outputs(model, ["backbone.parts.0.layer2"], lambda: model(pictures(1, 1), torch.empty(1, 0)))
 
 
-def test_one_backbone_or_one_each():
-    each, shared = (models.build_model(spec_of(ALL, share_backbone=share)) for share in (False, True))
+@pytest.mark.parametrize("backbone", ["regnet_tiny", "vit_tiny"])
+def test_one_backbone_or_one_each(backbone):
+    each, shared = (models.build_model(spec_of(ALL, backbone, share_backbone=share)) for share in (False, True))
     count = [sum(p.numel() for p in model.backbone.parameters()) for model in (each, shared)]
     assert count[0] == 3 * count[1]
     image, meta = pictures(2, 3), torch.empty(2, 0)
@@ -252,8 +261,9 @@ def test_streams_train_resume_and_predict_new_images(data_dir, source, cropped, 
     mean = read(run / "test_predictions.csv").groupby("image_name")["prob"].mean()
     files = [source / "images" / f"{name}.jpg" for name in mean.index]
     where = ["--run", run, "--output", tmp_path / "new", "--device", "cpu", "--csv", source / "test.csv", *files]
-    with pytest.raises(InputError, match="looks at depth maps; pass --depth_dir"):
-        call("predict", *where)
+    for more in ([], ["--maps", "--depth_dir", cropped[0] / "depth"]):
+        with pytest.raises(InputError, match="looks at depth maps; pass predict.py --depth_dir"):
+            call("predict", *where, *more)
     call("predict", *where, "--depth_dir", cropped[0] / "depth")
     found = read(tmp_path / "new" / "predictions.csv").set_index("image_name")["prob"]
     assert np.allclose(found.loc[mean.index], mean, atol=1e-5)
@@ -269,9 +279,17 @@ def test_streams_train_resume_and_predict_new_images(data_dir, source, cropped, 
     (["--model", "resnet", "--share_backbone"], "for --model streams"),
     (["--model", "streams", "--streams", "rgb", "depth", "--crop_dir", "runs"], "crops of --depth_dir|depth_dir"),
     (["--model", "streams", "--gate_lr", 1], "--gate_lr is for gates"),
+    (["--model", "resnet", "--weights", "gated"], "gates that fold into no layer"),
 ])  # fmt: skip
 def test_flags_that_do_not_go_together(data_dir, runs_dir, tmp_path, flags, words):
     flags = [data_dir / "crops" / "chipnet" if flag == "runs" else flag for flag in flags]
+    if "gated" in flags:
+        spec = models.Spec("resnet", "regnet_tiny", 64, gates="paper", sites="stages")
+        models.save_checkpoint(tmp_path / "gated.pt", models.build_model(spec), spec)
+        flags, runs_dir = [*flags[:2]], [*SMALL_MODEL[2:], "--weights", tmp_path / "gated.pt"]
+        with pytest.raises(InputError, match=words):
+            call("train", *flags, "--data_dir", data_dir, "--runs_dir", tmp_path / "runs", *runs_dir)
+        return
     with pytest.raises(InputError, match=words):
         call("train", *flags, "--data_dir", data_dir, "--runs_dir", tmp_path, *SMALL_MODEL)
 
@@ -280,6 +298,8 @@ def test_depth_maps_that_are_none(tmp_path, cropped, data_dir):
     for name, content in (("a.npy", b"no"), ("b.png", b"no"), ("d.npy", None)):
         (tmp_path / name).write_bytes(content or b"")
     np.save(tmp_path / "d.npy", np.zeros((3, 4, 3)))
+    (tmp_path / "sub").mkdir()
+    shutil.copy(next((cropped[0] / "depth").glob("*.png")), tmp_path / "sub" / "l\u00e4sion.PNG")
     np.save(tmp_path / "e.npy", np.array([[np.nan, 1]]))
     np.save(tmp_path / "f.npy", np.array([["x"]], dtype=object), allow_pickle=True)
     for name in "abdef":
@@ -287,9 +307,7 @@ def test_depth_maps_that_are_none(tmp_path, cropped, data_dir):
             read_depth(tmp_path, f"{name}.jpg")
     with pytest.raises(InputError, match=r"no depth map of c\.jpg"):
         read_depth(tmp_path, "c.jpg")
-    (tmp_path / "sub").mkdir()
-    shutil.copy(next((cropped[0] / "depth").glob("*.npy")), tmp_path / "sub" / "g.npy")
-    assert read_depth(tmp_path, "sub/g.jpg").dtype == np.float32
+    assert read_depth(tmp_path, "sub/la\u0308sion.jpg").dtype == np.float32
     with pytest.raises(InputError, match="--depth_dir is for one box"):
         call("crop", "--source", "boxes", "--boxes", cropped[0] / "boxes.csv", "--depth_dir", tmp_path, "--n_boxes", 2,
              "--data_dir", data_dir, "--output_dir", tmp_path, "--device", "cpu")  # fmt: skip
