@@ -99,8 +99,8 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
     parts = {"model": model, "average": average, "scaler": scaler}
     parts |= {"optimizer": routing.optimizer, "gate_optimizer": routing.gate_optimizer}
     last_path, best_path = run_dir / f"fold{k}_last.pt", run_dir / f"fold{k}_best.pt"
-    show_inputs(train, args.seed, run_dir / f"fold{k}_inputs.png", team)
     progress = load_progress(last_path, parts) if args.resume and last_path.exists() else Progress()
+    show_inputs(train, args.seed, run_dir / f"fold{k}_inputs.png", team)
 
     while progress.epochs < args.epochs and progress.epochs - progress.best_epoch < args.patience:
         epoch, started = progress.epochs + 1, time.monotonic()

@@ -109,6 +109,7 @@ def list_stages() -> list[Stage]:
                                 "--output_dir", "streams"]),
         Stage("streams: train", ["train.py", "--model", "streams", "--streams", "rgb", "location", "depth", *fit,
                                  "--gates", "stages", "--crop_dir", "streams/saliency", "--runs_dir", "runs_streams"]),
+        Stage("probe", ["train.py", "--model", "probe", *fit, "--runs_dir", "probes"]),
         Stage("crop saliency", [*crop, "--source", "saliency"]),
         Stage("train resnet", ["train.py", "--model", "resnet", *fit, "--fold", "0"]),
         Stage("train resnet, fold 1", ["train.py", "--model", "resnet", *fit, "--fold", "1"], True),

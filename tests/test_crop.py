@@ -17,7 +17,7 @@ from plumbing.arrays import open_array
 from plumbing.data import CORNERS, read_data
 from plumbing.files import read_json
 from plumbing.images import read_crops, read_image
-from util import PLACE, InputError
+from util import INNER, PLACE, InputError
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def test_crop_directory(runs_dir, data_dir, source):
     data, facts = read_data(data_dir), read_json(crops / "crop.json")
     for split, table in data.tables().items():
         array, boxes = open_array(crops / f"{split}_64.npy", len(table)), read_boxes(crops, split)
-        assert list(boxes) == [*CORNERS, "oof", "fallback", "confidence", *PLACE]
+        assert list(boxes) == [*CORNERS, "oof", "fallback", "confidence", *PLACE, *INNER]
+        assert np.allclose(boxes[[*INNER]], boxes[CORNERS])  # nothing was added to them
         assert boxes.index.tolist() == table["image_name"].tolist()
         assert (boxes["oof"] == 1).all()
         size, box = (table["width"].iloc[0], table["height"].iloc[0]), Box(*boxes[CORNERS].iloc[0])
