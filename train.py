@@ -42,7 +42,7 @@ from plumbing.backbones import read_torch_file
 from plumbing.cells import Cells, make_cells
 from plumbing.data import Data, read_data
 from plumbing.distributed import Team
-from plumbing.figures import draw_inputs, save_figure
+from plumbing.figures import save_inputs
 from plumbing.files import atomic, provenance, read_json, write_table
 from plumbing.guards import check_inputs, fold_weights
 from tasks import KINDS, Task, main_score, pick_rows, plain, prob_of
@@ -218,7 +218,7 @@ def show_inputs(train: dataset.ImageDataset, seed: int, path: Path, team: Team) 
     if not team.leads or isinstance(train.sources[0], Cells):
         return
     some = np.linspace(0, len(train) - 1, INPUTS).astype(int)
-    save_figure(path, draw_inputs(torch.stack([train[i, 1.0, (seed, i)].image for i in some]).numpy()))
+    save_inputs(path, torch.stack([train[i, 1.0, (seed, i)].image for i in some]).numpy())
 
 
 def make_routing(args: argparse.Namespace, model, network, scaler) -> fsg.GradientRouting:

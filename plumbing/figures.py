@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from plumbing.files import atomic
 from plumbing.images import Frame, frame_of
@@ -31,16 +32,12 @@ def save_figure(path: Path, figure) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def draw_inputs(image: np.ndarray):
-    """What a network sees of images (N, 3 * pictures, S, S): a column for each."""
-    n, channels = image.shape[:2]
-    figure = new_figure(figsize=(1.2 * n, 0.4 * channels))
-    columns = figure.subplots(channels // 3, n, squeeze=False).T
-    for axes, pictures in zip(columns, image.reshape(n, channels // 3, 3, *image.shape[2:]), strict=True):
-        for axis, picture in zip(axes, pictures, strict=True):
-            axis.imshow(picture.transpose(1, 2, 0))
-            axis.set_axis_off()
-    return figure
+def save_inputs(path: Path, image: np.ndarray) -> None:
+    """Save what a network sees of images uint8 (N, 3 * pictures, S, S) as PNG: a column for each."""
+    n, _, size, _ = image.shape
+    tiles = image.reshape(n, -1, 3, size, size).transpose(1, 3, 0, 4, 2)  # (pictures, S, N, S, 3)
+    with atomic(path) as temporary:
+        Image.fromarray(tiles.reshape(-1, n * size, 3)).save(temporary, format="PNG")
 
 
 def draw_statistics(table: pd.DataFrame):
