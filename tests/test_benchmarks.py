@@ -28,6 +28,8 @@ import fsg_cost
 import kill_test
 import lesions
 import megapixel_mnist
+import polyp_size
+import prepare_speed
 import speed
 import streets
 import targets
@@ -281,3 +283,31 @@ def test_linear_models_of_features_are_compared_in_the_right_direction(task):
     constant = {"binary": 0.5, "multiclass": 0.5, "multilabel": target[90:].mean(),
                 "regression": np.abs(target[90:] - np.median(target[:90])).mean()}[task.kind]  # fmt: skip
     assert targets.best_constant(task, target[:90], target[90:]) == pytest.approx(constant)
+
+
+def test_prepare_is_measured_on_films_it_draws(capsys):
+    prepare_speed.main(prepare_speed.get_args_parser().parse_args(["--frames", "40"]))
+    assert capsys.readouterr().out.startswith("40 frames, 30 rows: ")
+
+
+def test_polyps_without_millimetres_become_the_tables_of_prepare(tmp_path):
+    names = ["a.jpg", "b.jpg"]
+    labels = {"image_name": names, "group": ["s1", "s1"], "width": 200, "height": 100, "rel_diameter": [0.2, 0.5]}
+    pd.DataFrame(labels).to_csv(tmp_path / "labels.csv", index=False)
+    boxes = {"image_name": ["a.jpg", "a.jpg"], "xmin": [0.1, 0.3], "ymin": [0.2, 0.1], "xmax": [0.2, 0.5],
+             "ymax": [0.4, 0.3]}  # fmt: skip
+    pd.DataFrame(boxes).to_csv(tmp_path / "boxes.csv", index=False)
+    output = tmp_path / "out"
+    output.mkdir()
+    images, cuts = polyp_size.read_polyps(tmp_path, output)
+    assert (images, cuts) == (tmp_path / "images", [25.23, 43.7])
+    assert pd.read_csv(output / "train.csv")[["lesion_id", "size"]].to_numpy().tolist() == [["s1", 20.0], ["s1", 50.0]]
+    box = pd.read_csv(output / "boxes.csv")
+    assert box.loc[0, ["x0", "y0", "x1", "y1"]].tolist() == [20, 10, 100, 40]  # around both parts
+    assert box.loc[1, ["x0", "y0", "x1", "y1"]].isna().all()
+    path = tmp_path / "a.jpg"
+    cv2.imwrite(str(path), np.dstack([np.tile(np.linspace(10, 250, 64), (64, 1))] * 3))
+    polyp_size.shade([path], ["a.jpg"], output / "depth")
+    depth = cv2.imread(str(output / "depth" / "a.png"), cv2.IMREAD_UNCHANGED)
+    assert depth.dtype == np.uint16
+    assert (np.diff(depth[60].astype(int)) <= 0).all()  # what is bright is near

@@ -255,7 +255,7 @@ def test_streams_train_resume_and_predict_new_images(data_dir, source, cropped, 
     crops = call("crop", "--source", "saliency", "--data_dir", data_dir, *SMALL_CROP, "--views", 2, "--margin", 0.5,
                  "--depth_dir", cropped[0] / "depth", "--output_dir", tmp_path)  # fmt: skip
     flags = ["--model", "streams", "--streams", *ALL, "--gates", "stages", "--augment", "square", "--no-jitter",
-             "--crop_dir", crops, "--data_dir", data_dir, *SMALL_MODEL, "--epochs", 2]  # fmt: skip
+             "--crop_dir", crops, "--data_dir", data_dir, *SMALL_MODEL, "--epochs", 2, "--fold", 0]  # fmt: skip
     run = call("train", *flags, "--runs_dir", tmp_path / "a")
     call("report", run)  # its checks predict again
     mean = read(run / "test_predictions.csv").groupby("image_name")["prob"].mean()
