@@ -356,6 +356,11 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
     if "test" in tables:
         rows["test"] = np.arange(len(tables["test"]))[: args.limit]
 
+    places = {}
+    if "location" in recipe.inputs:
+        for split, each in tables.items():
+            views = [frame_of(*size, data.facts["frame"]) for size in each[["width", "height"]].to_numpy()]
+            places[split] = inner_boxes(crop_dir, split), np.array(views)
     images, augment = {}, train_transform(args.tile or data.size, recipe.network.shift, args.augment)
     for part, chosen in rows.items():
         split, n_rows = ("test" if part == "test" else "train"), len(tables["test" if part == "test" else "train"])
@@ -367,9 +372,7 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
             wide = Stored(array_path(crop_dir, "train_wide", wide_size), n_rows)
             pictures["crop"] = Jittered(wide, pictures["whole"], boxes["train"][1], data.size)
         if "location" in recipe.inputs:
-            sizes = tables[split][["width", "height"]].to_numpy()
-            views = np.array([frame_of(*size, data.facts["frame"]) for size in sizes])
-            pictures["location"] = Located(pictures["whole"], inner_boxes(crop_dir, split), views)
+            pictures["location"] = Located(pictures["whole"], *places[split])
         if "depth" in recipe.inputs:
             pictures["depth"] = Depth(Stored(array_path(crop_dir, f"{split}_depth", data.size), n_rows))
         # a network for whole images that is given --crop_dir looks at the crops instead

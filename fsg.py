@@ -210,18 +210,15 @@ def gate_outputs(
     sites: names of modules, patterns allowed. run: passes a square example through the model, which shows what are the
     channels of an output. init, hard: as of add_gates. Raises ValueError if nothing matches or an output is no tensor.
     """
-    names, shapes, hooks = match_sites(model, list(sites)), {}, []
-    for name in names:
+    names, shapes = match_sites(model, list(sites)), {}
 
-        def record(module, inputs, output, name=name) -> None:
-            shapes[name] = getattr(output, "shape", None)
+    def record(name: str, module: nn.Module, inputs, output) -> None:
+        shapes[name] = getattr(output, "shape", None)
 
-        hooks.append(model.get_submodule(name).register_forward_hook(record))
-    try:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(model.get_submodule(name).register_forward_hook(partial(record, name)))
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     for name in names:
         module, shape = model.get_submodule(name), shapes.get(name)
         if problem := "it has a gate already" if hasattr(module, GATE) else "" if shape else "its output is no tensor":

@@ -37,7 +37,7 @@ from maps import WAYS, default_way
 from plumbing import html
 from plumbing.arrays import array_path, open_array
 from plumbing.cells import make_cells
-from plumbing.data import CORNERS, Data, read_data, read_table
+from plumbing.data import CORNERS, Data, best_boxes, read_data
 from plumbing.distributed import pick_device
 from plumbing.figures import (
     draw_by_value,
@@ -100,9 +100,7 @@ class Subject:
         """Best boxes of the rows."""
         if self.crop_dir is None:
             return None
-        boxes = read_table(self.crop_dir / "train_boxes.csv", unique=False)
-        boxes = boxes[boxes["box"] == 0] if "box" in boxes else boxes
-        return boxes.set_index(ID).loc[self.table[ID]].reset_index()
+        return best_boxes(self.crop_dir, "train").set_index(ID).loc[self.table[ID]].reset_index()
 
 
 # ---------------------------------------------------------------- what it is

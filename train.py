@@ -40,7 +40,7 @@ from losses import NEED_CUTS, average_of, epoch_seed, guide_loss, loss_of, loss_
 from plumbing import gates, runs
 from plumbing.backbones import read_torch_file
 from plumbing.cells import Cells, make_cells
-from plumbing.data import Data, read_data
+from plumbing.data import Data, MetaEncoder, read_data
 from plumbing.distributed import Team
 from plumbing.figures import save_inputs
 from plumbing.files import atomic, provenance, read_json, write_table
@@ -95,7 +95,6 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
     routing = make_routing(args, model, network, scaler)
     loader = dataset.TrainLoader(train, task.strata(data.target[train.rows]), data.case, args, team)
     valid_loader = dataset.eval_loader(valid, team.rows(len(valid)), args.batch_size, args.workers)
-    about = {"trained_on": {"folds_sha256": data.folds_sha256, "fold": k}, "encoder": encoder.columns}
     parts = {"model": model, "average": average, "scaler": scaler}
     parts |= {"optimizer": routing.optimizer, "gate_optimizer": routing.gate_optimizer}
     last_path, best_path = run_dir / f"fold{k}_last.pt", run_dir / f"fold{k}_best.pt"
@@ -152,7 +151,7 @@ def train_fold(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team
         # ---- write; a stop after this loses nothing
         if team.leads:
             if improved:
-                models.save_checkpoint(best_path, scored, spec, epoch=epoch, task=task.facts(), **about)
+                models.save_checkpoint(best_path, scored, spec, epoch=epoch, **about(k, data, encoder, task))
             save_progress(last_path, parts, progress, task.metric)
         if team.mean(time.monotonic() > deadline) > 0:
             raise Stopped(f"--max_hours {args.max_hours:g} are over after {where}; the same with --resume goes on")
@@ -184,8 +183,7 @@ def fit_probe(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team:
     prob = {part: prob_of(task, x["test" if part == "test" else "train"][each] @ weight.T + bias)
             for part, each in rows.items()}  # fmt: skip
     model.head[-1].load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
-    about = {"trained_on": {"folds_sha256": data.folds_sha256, "fold": k}, "encoder": encoder.columns}
-    models.save_checkpoint(run_dir / f"fold{k}_best.pt", model, spec, epoch=1, task=task.facts(), **about)
+    models.save_checkpoint(run_dir / f"fold{k}_best.pt", model, spec, epoch=1, **about(k, data, encoder, task))
     score, seconds = main_score(task, data.target[rows["valid"]], prob["valid"]), time.monotonic() - started
     row = {FOLD: k, "epoch": 1, "train_loss": loss_of_prob(task, args.loss, prob["train"], task.goal(target))}
     row |= {"valid_loss": loss_of_prob(task, args.loss, prob["valid"], images["valid"].goal)}
@@ -195,6 +193,12 @@ def fit_probe(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team:
     facts = {"epochs": 1, "best_epoch": 1, "best_score": plain(score), "last_score": plain(score), "strength": strength}
     facts |= {"seconds": seconds, "train_rows": len(target)} | provenance()
     runs.write_fold(run_dir, k, facts, tables["valid"], tables.get("test"))
+
+
+def about(k: int, data: Data, encoder: MetaEncoder, task: Task) -> dict:
+    """What a checkpoint says besides its network: the fold held out from it, its metadata, its task."""
+    trained_on = {"folds_sha256": data.folds_sha256, "fold": k}
+    return {"trained_on": trained_on, "encoder": encoder.columns, "task": task.facts()}
 
 
 def fold_table(part: str, k: int, data: Data, rows: np.ndarray, task: Task, prob: np.ndarray) -> pd.DataFrame:
@@ -308,9 +312,6 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
     args.name, args.fsg = args.name or args.model, args.fsg or ("branches" if recipe.gated else None)
     if args.workers is None:  # features are sent between processes more slowly than they are read (on two CPU cores)
         args.workers = 0 if recipe.scouts and not args.finetune else min(util.CPUS, 8)
-    given = [key for key in NOT_FOR_PROBES if getattr(args, key)] + ["pos_weight"] * (args.pos_weight != [1.0])
-    if args.model == "probe" and given:
-        raise InputError(f"--{given[0]} is for what is trained; a probe is fitted to frozen features: leave it out")
     if recipe.scouts:
         given = [key for key in ("mixup", "fsg", "guide", "crop_dir", "layer_decay") if getattr(args, key)]
         given += ["tta"] if (args.tta or 1) > 1 else []
@@ -321,6 +322,9 @@ def fill_defaults(args: argparse.Namespace, task: Task) -> argparse.Namespace:
         raise InputError(f"--{given[0]} is for scouts; leave it out for {args.model}")
     args.jitter = args.jitter and "depth" not in recipe.inputs  # depth maps are of the boxes themselves
     if args.model == "probe":
+        given = [key for key in NOT_FOR_PROBES if getattr(args, key)] + ["pos_weight"] * (args.pos_weight != [1.0])
+        if given:
+            raise InputError(f"--{given[0]} is for what is trained; a probe is fitted to frozen features: leave it out")
         args.jitter, args.meta_cols, args.tta = False, [], 1
         args.loss = args.loss or {"OF_LABELS": "bce", "OF_CLASSES": "ce", "OF_QUANTITIES": "mse"}[task.family]
     args.tta = args.tta or (1 if recipe.scouts else dataset.AUGMENTATIONS[args.augment].views)

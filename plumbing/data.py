@@ -169,11 +169,15 @@ def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> tuple[pd.Data
     return table.assign(**{BOX_SIDE: side / short}), place
 
 
+def best_boxes(crop_dir: Path, split: str, columns=()) -> pd.DataFrame:
+    """The best box of every image of a split."""
+    boxes = read_table(crop_dir / f"{split}_boxes.csv", columns, unique=False)
+    return boxes[boxes["box"] == 0] if "box" in boxes else boxes
+
+
 def inner_boxes(crop_dir: Path, split: str) -> np.ndarray:
     """What the best boxes of a split are around, in pixels of the originals (N, 4)."""
-    path = crop_dir / f"{split}_boxes.csv"
-    boxes = read_table(path, INNER, unique=False)
-    boxes = boxes[boxes["box"] == 0] if "box" in boxes else boxes
+    boxes, path = best_boxes(crop_dir, split, INNER), crop_dir / f"{split}_boxes.csv"
     return np.stack([numbers(boxes, column, path) for column in INNER], axis=1)
 
 
