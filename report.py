@@ -1,7 +1,8 @@
 """One page that shows a run or a blend: what it is worth, where it fails, and whether its files hold what they claim.
 
 Reads   runs/NAME/ (train.py or ensemble.py), and the data and crops that it was trained on
-Writes  runs/NAME/report.html: one file, pictures inside, nothing loaded from elsewhere
+Writes  runs/NAME/report.html: one file, pictures inside, nothing loaded from elsewhere; runs/NAME/model_card.md, if all
+        checks hold
 
     python report.py runs/resnet
     python report.py runs/ensemble --data_dir data
@@ -36,6 +37,7 @@ from localize import GRID, blank_meta, upsample
 from maps import WAYS, default_way
 from plumbing import html
 from plumbing.arrays import array_path, open_array
+from plumbing.card import fill_card
 from plumbing.cells import make_cells
 from plumbing.data import CORNERS, Data, best_boxes, read_data
 from plumbing.distributed import pick_device
@@ -576,8 +578,11 @@ def main(args: argparse.Namespace) -> Path:
     with atomic(path) as temporary:
         temporary.write_text(html.page(f"{run.name}: report", sections), encoding="utf-8")
     print(f"{len(checked)} checks, wrote {path}")
+    remove(run.path, "model_card.md*")  # of an earlier or a killed call
     if wrong:
         raise InputError(f"{len(wrong)} checks failed: {wrong[0]}; see {path}")
+    with atomic(run.path / "model_card.md") as temporary:
+        temporary.write_text(fill_card(run, sections, subject.data.facts["group_col"]), encoding="utf-8")
     return path
 
 

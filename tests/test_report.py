@@ -8,10 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import call, change, read, write_images
 from PIL import Image
 from test_train import fit
 
+from plumbing.card import licence_of
 from plumbing.data import MetaEncoder, read_data
 from plumbing.files import read_json, sha256
 from plumbing.runs import read_run, write_run
@@ -189,3 +191,25 @@ def test_planted_label_errors_are_found(many):
     run = read_run(fake_run(runs, data, prob))
     found = [row[0] for row in doubtful_labels(Subject(run, data, torch.device("cpu")))]
     assert set(data.train["image_name"].iloc[wrong]) <= set(found[:3])
+
+
+def test_the_card_says_what_the_run_says_and_a_wrong_run_has_none(runs):
+    report(runs / "ensemble")
+    path, metrics = runs / "ensemble" / "model_card.md", read_json(runs / "ensemble" / "metrics.json")
+    header, body = path.read_text().removeprefix("---\n").split("\n---\n")
+    facts = yaml.safe_load(header)
+    (result,) = facts["model-index"][0]["results"]
+    assert result["metrics"][0]["value"] == round(metrics["ranked"]["auc"], 3)
+    for part in ("cropnet", "random weights: none", "Not for clinical use", "<th scope=col>out of fold", "holds"):
+        assert part in body, part
+    assert "{" not in body  # every field is filled
+    shutil.copy(runs / "ensemble" / "oof.csv", runs / "ensemble" / "test_predictions.csv")
+    with pytest.raises(InputError):
+        report(runs / "ensemble")
+    assert not path.exists()
+
+
+def test_the_card_names_the_licence_of_the_weights():
+    assert licence_of("timm:vit_base_patch16_224.mae", "imagenet").endswith("cc-by-nc-4.0")
+    assert licence_of("timm:resnet10t", "none").endswith("random weights: none")
+    assert "its source" in licence_of("resnet50", "uni.pt")
