@@ -45,6 +45,9 @@ BRANCHES = (
     ("PreActBasic", ("conv2",)),  # timm ResNet v2: a convolution ends the branch
     ("PreActBottleneck", ("conv3",)),
     ("*MBConv", ("block",)),  # torchvision EfficientNet
+    ("MBConv", ("conv3.bn",)),  # timm TinyViT
+    ("MbConvLNBlock", ("conv3_1x1",)),  # timm ViTamin
+    ("GatedConvBlock", ("fc2",)),  # timm MambaOut
     ("InvertedResidual", ("bn3",)),  # timm EfficientNet, MobileNet
     ("DepthwiseSeparableConv", ("bn2",)),
     ("EdgeResidual", ("bn2",)),
@@ -55,6 +58,11 @@ BRANCHES = (
     ("InvertedResidual", ("conv",)),  # torchvision MobileNet v2
     ("InvertedResidual", ("block",)),  # and v3
     ("Block", ("attn.proj", "mlp.fc2")),  # timm ViT
+    ("Block", ("attn.proj", "mlp.w2")),  # ViTamin
+    ("Block", ("attn_in.proj", "mlp_in.fc2", "attn_out.proj", "mlp.fc2")),  # TNT
+    ("EvaBlock", ("attn.proj", "mlp.fc2")),  # DINOv3
+    ("TinyVitBlock", ("attn.proj", "mlp.fc2")),
+    ("CrossAttentionBlock", ("attn.proj",)),  # CrossViT
     ("*Block", ("attn.c_proj", "mlp.c_proj")),  # GPT-2 of Hugging Face, nanoGPT
     ("TransformerEncoderLayer", ("self_attn", "linear2")),  # torch
     ("TransformerDecoderLayer", ("self_attn", "multihead_attn", "linear2")),

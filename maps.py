@@ -21,6 +21,7 @@ References:
 """
 
 import math
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -99,18 +100,16 @@ class Cam(Explainer):
 
 class GradCam(Explainer):
     """Gradient of an output on a layer, averaged over the cells, times the layer's output, summed over its channels; a
-    backward pass for each mixture, of all images of a batch. The default layer is the last map of a CNN, or the norm
-    before the last attention of a ViT (later tokens of patches do not reach the class token)."""
+    backward pass for each mixture, of all images of a batch. The default layer is the last map of a CNN, or of a
+    transformer the last tokens of patches that reach its features: before a class token's last attention."""
 
     def explain(self, image, shares: Callable = every, meta: torch.Tensor | None = None) -> tuple:
         """As of Explainer; (N, C, h, w) of the layer."""
         if self.layer is None:
-            blocks = attention_modules(self.network.backbone)
-            self.layer = norm_before(self.network.backbone, list(blocks)[-1]) if blocks else None
-            self.layer = self.layer or last_stage(self.network, image)
+            self.layer = default_layer(self.network, image)
         if self.layer not in dict(self.network.backbone.named_modules()):
             raise InputError(f"--layer {self.layer}: the backbone has no such module; its last map is "
-                             f"{last_stage(self.network, image)}")  # fmt: skip
+                             f"{default_layer(self.network, image)}")  # fmt: skip
         found = []
         with torch.enable_grad():
             logit, outputs = self.forward(image, meta, [self.layer])
@@ -158,7 +157,7 @@ class ClassAttention(Explainer):
 class Rollout(Explainer):
     """How much of each patch reaches the class token, or the mean over tokens: the product over the blocks of the mean
     attention of their heads, to which the identity is added for the skip. A gated block's attention counts by its mean
-    gate. Attention is computed again from the blocks' inputs, so that fused attention stays on."""
+    gate. timm's attention is not fused meanwhile, torchvision's is computed again from the blocks' inputs."""
 
     def explain(self, image, shares: Callable = every, meta: torch.Tensor | None = None) -> tuple:
         """As of Explainer; (N, C, h, w) of patches, C times the same map, positive."""
@@ -167,17 +166,22 @@ class Rollout(Explainer):
         if not blocks:
             raise InputError("rollout needs a vision transformer such as vit_b_16; take cam or gradcam")
 
-        def mix(module: nn.Module, inputs: tuple) -> None:
+        def mix(module: nn.Module, attention: torch.Tensor) -> None:
             nonlocal mixed
-            attention = mean_attention(module, inputs[0])
             gates = [fsg.gate_of(part).mean() for part in module.modules() if hasattr(part, fsg.GATE)]
             gate = gates[0] if gates else 1.0
             step = (gate * attention + torch.eye(attention.shape[-1], device=attention.device)) / (gate + 1)
             mixed = step if mixed is None else step @ mixed
 
-        with ExitStack() as hooks, torch.no_grad():
+        def listen(module: nn.Module):
+            if isinstance(module, nn.MultiheadAttention):
+                return module.register_forward_pre_hook(lambda _, seen: mix(module, mean_attention(module, seen[0])))
+            return module.attn_drop.register_forward_pre_hook(lambda _, seen: mix(module, seen[0].mean(dim=1)))
+
+        fused = [module for module in blocks.values() if hasattr(module, "fused_attn")]
+        with ExitStack() as hooks, torch.no_grad(), fsg.switched_off("fused_attn", fused):
             for module in blocks.values():
-                hooks.enter_context(module.register_forward_pre_hook(mix))
+                hooks.enter_context(listen(module))
             logit, _ = self.forward(image, meta, [])
         prefix = prefix_of(backbone)
         pooled = getattr(backbone, "global_pool", "token")  # of timm
@@ -197,7 +201,9 @@ def default_way(network: nn.Module) -> str:
     """The way that suits a network."""
     if hasattr(network, "take_in"):
         return "attention"
-    return "rollout" if attention_modules(network.backbone) else "cam"
+    if attention_modules(network.backbone):
+        return "rollout"
+    return "gradcam" if has_class_token(network.backbone) else "cam"
 
 
 def choose_way(way: str | None, network: nn.Module) -> str:
@@ -209,37 +215,51 @@ def choose_way(way: str | None, network: nn.Module) -> str:
 
 
 # ---------------------------------------------------------------- layers
+def has_class_token(backbone: nn.Module) -> bool:
+    """Whether a network is a transformer with a class token: its only maps are its first."""
+    return any("cls_token" in name or "class_token" in name for name, _ in backbone.named_parameters())
+
+
 def last_stage(network: nn.Module, image: torch.Tensor) -> str:
     """Name of the module of the backbone that ends its last stage. Raises InputError if it is no CNN."""
-    found = find_stages(network, image, ())
+    found = {} if has_class_token(network.backbone) else find_stages(network, image, ())
     if not found:
         raise InputError("cam needs a convolutional backbone such as resnet50; take gradcam or rollout")
     return found[max(found)]
 
 
+def default_layer(network: nn.Module, image: torch.Tensor) -> str:
+    """The layer that Grad-CAM explains: of a CNN its last map, of a transformer the last norm or block whose tokens of
+    patches reach its features."""
+    backbone = network.backbone
+    if not (attention_modules(backbone) or has_class_token(backbone)):
+        return last_stage(network, image)
+    names = [name for name, module in backbone.named_modules() if re.search("Norm|Block", type(module).__name__)]
+    with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
+        feature, outputs = run_backbone(network, names, lambda: backbone(network.normalise(image[:1]))[0, 0])
+        tokens = {name: output for name, output in outputs.items()
+                  if getattr(output, "ndim", 0) == 3 and len(output) == 1}  # fmt: skip
+        slopes = torch.autograd.grad(feature, list(tokens.values()), allow_unused=True)
+    reach = [name for name, slope in zip(tokens, slopes, strict=True)
+             if slope is not None and slope[:, prefix_of(backbone) :].any()]  # fmt: skip
+    if not reach:
+        raise InputError("no tokens of patches are known to reach the features of the backbone; pass --layer")
+    return reach[-1]
+
+
 def attention_modules(backbone: nn.Module) -> dict[str, nn.Module]:
     """Self-attentions of a plain vision transformer of torchvision or timm by name, in order; of others, whose
     attention has windows or biases of its own, none."""
-    if "VisionTransformer" not in {kind.__name__ for kind in type(backbone).__mro__}:
+    if not {"VisionTransformer", "Eva"} & {kind.__name__ for kind in type(backbone).__mro__}:
         return {}
-    names = ("MultiheadAttention", "Attention")
+    names = ("MultiheadAttention", "Attention", "EvaAttention", "AttentionRope")
     return {name: module for name, module in backbone.named_modules() if type(module).__name__ in names}
 
 
-def norm_before(backbone: nn.Module, name: str) -> str:
-    """Name of the norm whose output an attention reads."""
-    block = name.rpartition(".")[0]
-    return next(f"{block}.{norm}" for norm in ("ln_1", "norm1") if hasattr(backbone.get_submodule(block), norm))
-
-
-def mean_attention(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def mean_attention(module: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
     """What an attention does to its input (N, T, D), as the mean over its heads (N, T, T), rows sum to 1."""
-    if isinstance(module, nn.MultiheadAttention):
-        both = F.linear(x, module.in_proj_weight, module.in_proj_bias).chunk(3, dim=2)[:2]
-    else:
-        both = module.qkv(x).chunk(3, dim=2)[:2]
+    both = F.linear(x, module.in_proj_weight, module.in_proj_bias).chunk(3, dim=2)[:2]
     query, key = (part.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for part in both)
-    query, key = (getattr(module, f"{one}_norm", nn.Identity())(part) for one, part in (("q", query), ("k", key)))
     return (query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])).softmax(dim=3).mean(dim=1)
 
 

@@ -27,7 +27,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import fsg
-from plumbing.backbones import find_stages, load_backbone, make_backbone, read_torch_file, run_backbone
+from plumbing.backbones import (
+    drop_head,
+    find_stages,
+    load_backbone,
+    make_backbone,
+    read_torch_file,
+    run_backbone,
+    say,
+)
 from plumbing.cells import Bag, place_tiles
 from plumbing.files import FORMAT, atomic
 from plumbing.images import inside
@@ -94,11 +102,13 @@ class Network(nn.Module):
     def __init__(self, spec: Spec, weights: str, input_size: int | None = None):
         super().__init__()
         self.backbone, head = make_backbone(spec.backbone, weights, spec.image_size)
-        if weights not in ("imagenet", "none"):
-            load_backbone(self.backbone, head, backbone_state(Path(weights)), Path(weights))
-        self.backbone.set_submodule(head, nn.Identity())
         config = getattr(self.backbone, "pretrained_cfg", {})  # timm says what it was trained on
         mean, std = config.get("mean", IMAGENET_MEAN), config.get("std", IMAGENET_STD)
+        if weights not in ("imagenet", "none"):
+            done = load_backbone(self.backbone, head, backbone_state(Path(weights)), Path(weights))
+            say(f"weights from a file: {done}; pictures are normalised as for {spec.backbone}, mean {mean}, deviation "
+                f"{std}; their licence is that of their source")  # fmt: skip
+        drop_head(self.backbone, head)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.features = self._count_features(spec.backbone, input_size or spec.image_size)

@@ -1,8 +1,12 @@
-"""Backbones by name: torchvision's, timm's, three small ones for CPUs, and their weights from files."""
+"""Backbones by name: torchvision's, timm's, three small ones for CPUs, and their weights from files, also those of
+others (docs/backbones.md)."""
 
+import argparse
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -57,23 +61,47 @@ def torchvision_backbone(name: str, pretrained: bool, image_size: int) -> nn.Mod
 
 
 def timm_backbone(name: str, pretrained: bool, image_size: int) -> nn.Module:
-    """A timm network, with its own head."""
+    """A timm network with a head, made for a size of images where timm makes it for one."""
     import timm
 
-    size = {"img_size": image_size} if "vit" in name else {}
-    return timm.create_model(name, pretrained=pretrained, **size)
+    size = {"img_size": image_size} if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False) else {}
+    return timm.create_model(name, pretrained=pretrained, num_classes=1000, **size)
 
 
 FAMILIES: dict[str, Callable] = {"": torchvision_backbone, "timm": timm_backbone}  # by the prefix before the colon
 
 
+def heads_of(network: nn.Module) -> list[str]:
+    """Names of the layers of a network's head: as timm says, elsewhere the last linear layer."""
+    if not hasattr(network, "pretrained_cfg"):
+        return [key for key, module in network.named_modules() if isinstance(module, nn.Linear)][-1:]
+    names = network.pretrained_cfg["classifier"]
+    return [names] if isinstance(names, str) else list(names)
+
+
+def drop_head(network: nn.Module, head: str) -> None:
+    """Take the head off a network, in place: it then makes features (N, C)."""
+    if hasattr(network, "reset_classifier"):
+        network.reset_classifier(0)  # timm's: some have several heads
+    else:
+        network.set_submodule(head, nn.Identity())
+
+
+@cache
+def say(line: str) -> None:
+    """Print a line, once in a process: backbones are made for every fold."""
+    print(line)
+
+
 def make_backbone(name: str, weights: str, image_size: int) -> tuple[nn.Module, str]:
-    """A network by name, and the name of its last linear layer, the head. weights: "imagenet", or anything else for
-    random ones. Raises InputError if the name is unknown or the weights cannot be had."""
+    """A network by name, and the name of its head. weights: "imagenet", of which the licence is printed, or anything
+    else for random ones. Raises InputError if the name is unknown or the weights cannot be had."""
     family, _, plain = name.rpartition(":")
     try:
         network = FAMILIES[family](plain, weights == "imagenet", image_size)
-        return network, [key for key, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+        if weights == "imagenet" and family == "timm":
+            say(f"{name}: weights licence {network.pretrained_cfg.get('license') or 'not stated by timm'}")
+        return network, heads_of(network)[0]
     except InputError:
         raise
     except Exception as error:  # an unknown name, a package or a download that fails, no linear layer
@@ -84,9 +112,14 @@ def make_backbone(name: str, weights: str, image_size: int) -> tuple[nn.Module, 
 
 
 def read_torch_file(path: Path) -> dict:
-    """Read a file of plain types and tensors; nothing in it is ever executed."""
+    """Read a file of plain types and tensors, of torch or safetensors; nothing in it is ever executed."""
     try:
-        with warnings.catch_warnings(action="ignore"):
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        # what training codes such as MAE's keep beside the weights
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
@@ -97,27 +130,99 @@ def read_torch_file(path: Path) -> dict:
     return content
 
 
-def load_backbone(network: nn.Module, head: str, state: dict, path: Path) -> None:
-    """Load a state_dict into a backbone; only the keys of its head may differ. Raises InputError otherwise."""
-    state = state.get("state_dict", state)
-    own, in_head = network.state_dict(), f"{head}."
-    body = {key: value for key, value in state.items() if not str(key).startswith(in_head)}
-    wrong = [key for key in own if not key.startswith(in_head) and key not in body]
-    wrong += [key for key, value in body.items() if key not in own or own[key].shape != getattr(value, "shape", None)]
+# ---------------------------------------------------------------- weights in the formats of others
+# where a file keeps its weights; of several the first: averages before what was averaged, teachers before students
+WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model", "student")
+# names of transformers (Dinov2Model, before and since its fifth version) and of timm
+TRANSFORMERS = (
+    ("embeddings.patch_embeddings.projection", "patch_embed.proj"), ("embeddings.position_embeddings", "pos_embed"),
+    ("embeddings.", ""), ("encoder.layer.", "blocks."), ("layernorm.", "norm."), ("lambda1", "gamma"),
+    ("layer_scale", "ls"), ("attention.attention.", "attn."), ("attention.output.dense", "attn.proj"),
+    ("attention.", "attn."), ("query.", "q_proj."), ("key.", "k_proj."), ("value.", "v_proj."), ("o_proj.", "proj."),
+    ("weights_in.", "w12."), ("weights_out.", "w3."),
+)  # fmt: skip
+
+
+def from_transformers(state: dict) -> dict:
+    """The state_dict of a Dinov2Model of transformers by the names of timm, with query, key and value in one."""
+    named = {}
+    for key, value in state.items():
+        for old, new in TRANSFORMERS:
+            key = key.replace(old, new)
+        named[key] = value
+    for key in [key for key in named if "attn.q_proj" in key]:
+        parts = [named.pop(key.replace("q_proj", f"{one}_proj")) for one in "qkv"]
+        named[key.replace("q_proj", "qkv")] = torch.cat(parts)
+    return named
+
+
+def as_timm(network: nn.Module, state: dict) -> dict:
+    """A state_dict of others by the names and in the sizes of a timm network, as timm itself converts its sources. A
+    LayerScale that the network has not is multiplied into the layers before it."""
+    import timm
+
+    module = sys.modules[timm.models.model_entrypoint(network.pretrained_cfg["architecture"]).__module__]
+    convert, own = getattr(module, "checkpoint_filter_fn", lambda state, network: state), network.state_dict()
+    state = dict(convert(dict(state), network))
+    for key in [key for key in state if key.endswith((".ls1.gamma", ".ls2.gamma")) and key not in own]:
+        layer, scale = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2"), state.pop(key)
+        state[f"{layer}.weight"] = state[f"{layer}.weight"] * scale[:, None]
+        state[f"{layer}.bias"] = state[f"{layer}.bias"] * scale
+    return state
+
+
+def storage_of(value: torch.Tensor) -> int:
+    """Where a tensor's values lie: the same for all views of them."""
+    return value.untyped_storage().data_ptr()
+
+
+def load_backbone(network: nn.Module, head: str, state: dict, path: Path) -> str:
+    """Load a state_dict, or the content of a file that has one, into a backbone; of the file only a head, a decoder and
+    networks beside the backbone may be left out. Returns in words what was left out, and what was not loaded as it is
+    but resized or multiplied. Raises InputError if anything else differs."""
+    for wrapper in WRAPPERS:
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    state = {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    own, heads = network.state_dict(), tuple(f"{name}." for name in {head, *heads_of(network)})
+    try:
+        if any("embeddings.patch_embeddings.projection" in key for key in state):
+            state = from_transformers(state)
+        first = next(iter(own))
+        ends = [key for key in state if key.endswith(f".{first}")]  # of "module.", "backbone.", "visual.trunk."
+        prefix = ends[0].removesuffix(first) if ends and first not in state else ""
+        given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        given = as_timm(network, given) if hasattr(network, "pretrained_cfg") else given
+        given = {key: value for key, value in given.items() if not key.startswith((*heads, "decoder"))}
+        wrong = [key for key in own if not key.startswith(heads) and key not in given]
+        wrong += [key for key, value in given.items() if key not in own or own[key].shape != value.shape]
+    except Exception as error:  # whatever timm meets in a file that is not what it takes it for
+        raise InputError(f"{path} does not fit the backbone ({type(error).__name__}: {error}); pass another") from None
     if wrong:
         raise InputError(f"{path} does not fit the backbone: {len(wrong)} keys, first {wrong[0]!r}; pass another")
-    network.load_state_dict(body, strict=False)
+    network.load_state_dict(given, strict=False)
+    parts = {key: key.removeprefix(prefix).partition(".")[0] for key in state}
+    before, after = ({storage_of(value) for value in each.values()} for each in (state, given))
+    used = {parts[key] for key, value in state.items()
+            if key.removeprefix(prefix) in given or storage_of(value) in after}  # fmt: skip
+    changed = {key.partition(".")[0] for key, value in given.items() if storage_of(value) not in before}
+    said = {"left out": set(parts.values()) - used, "changed": changed}
+    return ", ".join(f"{word} {' '.join(sorted(names)) or 'nothing'}" for word, names in said.items())
 
 
 # ---------------------------------------------------------------- what a backbone makes on its way
 def run_backbone(network: nn.Module, names: list[str], forward: Callable) -> tuple:
-    """(what forward() returns, outputs of the named modules of network.backbone by name, the last to finish last)."""
+    """(what forward() returns, outputs of the named modules of network.backbone by name, the last to finish last).
+    Maps (N, h, w, C), as Swin makes them, become (N, C, h, w)."""
     outputs: dict[str, torch.Tensor] = {}
+    nhwc = getattr(network.backbone, "output_fmt", "") == "NHWC"  # of timm
 
     def record(name: str):
         def hook(module, inputs, output):
             outputs.pop(name, None)
-            outputs[name] = output
+            shape = output.shape if isinstance(output, torch.Tensor) else ()
+            turned = len(shape) == 4 and shape[1] == shape[2] and (shape[2] != shape[3] or nhwc)
+            outputs[name] = output.permute(0, 3, 1, 2) if turned else output
+            return outputs[name].permute(0, 2, 3, 1) if turned else None  # what follows depends on what is recorded
 
         return hook
 
@@ -132,11 +237,15 @@ def find_stages(network: nn.Module, image: torch.Tensor, needed: tuple[int, ...]
     """Names of the modules of network.backbone that end a stage, by their stride. Of all modules with an output (N, C,
     S / stride, S / stride), the least nested and of those the last: the output of a stage, not of a layer inside one of
     its blocks. Raises InputError if one of the strides needed is missing."""
-    names = [name for name, _ in network.backbone.named_modules() if name]
-    _, outputs = run_backbone(network, names, lambda: network.backbone(network.normalise(image[:1])))
+    attention = (nn.Softmax, nn.Dropout)  # of heads and tokens may look like a map
+    names = [name for name, module in network.backbone.named_modules() if name and not isinstance(module, attention)]
+    try:
+        _, outputs = run_backbone(network, names, lambda: network.backbone(network.normalise(image[:1])))
+    except Exception as error:  # whatever a network says to a size that it was not made for
+        raise InputError(f"the backbone takes no images of {image.shape[-1]} px ({error}); pass another") from None
     found: dict[int, str] = {}
     for name, output in outputs.items():
-        if isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[-1] == output.shape[-2] > 1:
+        if getattr(output, "ndim", 0) == 4 and len(output) == 1 and output.shape[-1] == output.shape[-2] > 1:
             stride = round(image.shape[-1] / output.shape[-1])
             if stride not in found or name.count(".") <= found[stride].count("."):
                 found[stride] = name
