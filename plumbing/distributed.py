@@ -2,12 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 from torch import distributed
 
 from util import InputError
+
+PATIENCE = timedelta(days=7)  # to wait for others: folds side by side end hours apart, and the leader scores alone
 
 
 def pick_device(name: str) -> torch.device:
@@ -38,7 +41,7 @@ class Team:
             if picked.type == "cuda":
                 picked = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
                 torch.cuda.set_device(picked)
-            distributed.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+            distributed.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=PATIENCE)
         return cls(picked, rank, size)
 
     def wait(self) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,9 @@ import pytest
 from conftest import ROOT, SMALL_MODEL, read
 from test_runs import TABLES, assert_same_tables, names
 from test_train import NO_NORM, TWO_EPOCHS, fit
+from torch import distributed
+
+from plumbing.distributed import Team
 
 # calls of train.py in several processes, each call in a process group of its own; notes what each process scored with
 PROGRAM = """
@@ -46,13 +51,16 @@ sys.exit(any(process.exitcode != 0 for process in processes))
 """
 
 
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
 def run_team(size, folder, data_dir, calls):
     """Run calls {name: words} of train.py in so many processes; returns what each process noted, by name."""
     words = []
     for name, more in calls.items():
-        with socket.create_server(("127.0.0.1", 0)) as found:
-            port = found.getsockname()[1]
-        words.append([name, port, "--data_dir", data_dir, "--runs_dir", folder / name, *SMALL_MODEL, *more])
+        words.append([name, free_port(), "--data_dir", data_dir, "--runs_dir", folder / name, *SMALL_MODEL, *more])
     program = [sys.executable, "-c", PROGRAM, json.dumps([[str(word) for word in call] for call in words])]
     env = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(program, env=env | {"GLOO_SOCKET_IFNAME": "lo"}, cwd=folder, capture_output=True, text=True)
@@ -117,3 +125,37 @@ def test_more_processes_than_rows(data_dir, tmp_path):
     norms = run_team(3, tmp_path, data_dir, calls)["norms"]
     assert norms[0] == norms[1] == norms[2]
     assert_same_numbers(fit(data_dir, tmp_path, *calls["plain"]), tmp_path / "plain" / "resnet")
+
+
+# ---------------------------------------------------------------- several machines
+def test_two_nodes_train_a_fold_as_one_process_would(data_dir, tmp_path):
+    more = ["--fold", 0, *NO_NORM, "--augment", "square"]
+    where = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--local_addr", "127.0.0.1"]
+    words = [*where, "--rdzv_endpoint", f"127.0.0.1:{free_port()}", ROOT / "train.py", "--model", "resnet",
+             "--data_dir", data_dir, "--runs_dir", tmp_path / "two", *SMALL_MODEL, *more]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    agents = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    try:
+        said = [agent.communicate(timeout=200)[0].decode() for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert_same_numbers(fit(data_dir, tmp_path / "one", *more), tmp_path / "two" / "resnet")
+
+
+def test_processes_wait_for_folds_that_take_hours_longer(monkeypatch):
+    waits = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "init_process_group", lambda *_, timeout=timedelta(0): waits.append(timeout))
+    Team.join("cpu")
+    assert waits[0] >= timedelta(days=1)
+
+
+def test_folds_of_several_machines_are_merged_by_copying(data_dir, runs_dir, tmp_path):
+    elsewhere = shutil.copytree(data_dir, tmp_path / "data")
+    first, second = (fit(where, tmp_path / str(k), "--fold", k) for k, where in enumerate((data_dir, elsewhere)))
+    shutil.copytree(second, first, dirs_exist_ok=True)  # cp -r
+    assert_same_tables(fit(data_dir, tmp_path / "0", "--resume"), runs_dir / "resnet")
+    assert names(first) == names(runs_dir / "resnet")
