@@ -14,7 +14,7 @@ import maps
 import plumbing.backbones
 from localize import Saliency, find_box
 from models import Spec, build_model, load_checkpoint, save_checkpoint
-from plumbing.backbones import find_stages, run_backbone
+from plumbing.backbones import find_stages, make_backbone, run_backbone
 from util import InputError
 
 timm = pytest.importorskip("timm")
@@ -24,7 +24,7 @@ STAGES = {"depths": (1, 1, 1, 1)}
 SMALLER = {
     "crossvit": {"depth": ((1, 1, 0), (1, 1, 0))}, "convnext": STAGES | {"dims": (24, 48, 96, 192)},
     "tnt": {"depth": 2}, "swin": STAGES | {"embed_dim": 48}, "tiny_vit": STAGES, "mambaout": STAGES,
-    "vitamin": {"depth": 2}, "vit": {"depth": 2, "embed_dim": 192, "num_heads": 3},
+    "vitamin": {"depth": 2}, "dinov3": {"depth": 2}, "vit": {"depth": 2, "embed_dim": 192, "num_heads": 3},
     "deit": {"depth": 2, "embed_dim": 192, "num_heads": 3},
 }  # fmt: skip
 # name: pixels, gates on branches, gates on stages (None: refused), ways of making maps, serves ChipNet, has a saliency
@@ -184,6 +184,18 @@ def test_grad_cam_looks_at_the_last_layer_whose_places_reach_the_features(name, 
     assert maps.default_layer(network_of(name, size), images(size)) == layer
 
 
+def test_attention_and_patches_of_patches_are_no_maps():
+    assert find_stages(network_of("tnt_s_patch16_224", 96), images(96), ()) == {}
+
+
+def test_all_heads_of_a_network_are_taken_off():
+    network, head = make_backbone("timm:deit_small_distilled_patch16_224", "none", 64)  # it has two
+    assert network.get_submodule(head).in_features == 192
+    assert network_of("deit_small_distilled_patch16_224", 64).features == 192
+    network, head = make_backbone("timm:vit_small_patch16_dinov3", "none", 64)  # of timm it has none
+    assert network.get_submodule(head).in_features == 384
+
+
 @pytest.mark.parametrize("name", ["tnt_s_patch16_224", "vit_small_patch16_224.dino"])
 def test_a_transformer_of_one_size_is_no_scout_and_says_so(name):
     assert refuses(lambda: build_model(Spec("scout", f"timm:{name}", 64)), "256 px")
@@ -285,7 +297,7 @@ def test_an_open_clip_file_gives_its_image_tower_at_any_size(size, tmp_path, cap
 
 @pytest.mark.parametrize("kind", ["names of the file", "names of version 5", "with a prefix"])
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_large_patch16_224.mae"])
-def test_dinov2_of_transformers_gives_the_class_token_it_gave(name, kind, tmp_path):
+def test_dinov2_of_transformers_gives_the_class_token_it_gave(name, kind, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     patch = 14 if "14" in name else 16
@@ -297,6 +309,7 @@ def test_dinov2_of_transformers_gives_the_class_token_it_gave(name, kind, tmp_pa
     path = tmp_path / "model.safetensors"
     if kind == "names of the file":
         network.save_pretrained(tmp_path)
+        monkeypatch.setattr(torch, "load", None)  # the versions before 2.14 do not read it
     else:
         path = tmp_path / "w.pth"
         torch.save(under("dinov2." if "prefix" in kind else "", network.state_dict()), path)
@@ -346,9 +359,11 @@ def test_what_is_missing_or_not_known_is_never_silent(tmp_path):
         ("deit_small_distilled_patch16_224", state, r"w.pth does not fit.*Error"),
         ("vit_medium_patch16_gap_240", state, "w.pth does not fit"),  # its last norm comes after the pooling
         ("convnext_tiny", state, "w.pth does not fit"),
+        ("crossvit_9_dagger_240", CREATE("crossvit_9_dagger_240", **SMALLER["crossvit"]).state_dict(), "pos_embed_0"),
     ):  # fmt: skip
         torch.save(content, path)
-        assert refuses(lambda name=backbone: build_model(Spec("resnet", f"timm:{name}", 64), str(path)), word)
+        spec = Spec("resnet", f"timm:{backbone}", 120 if "crossvit" in backbone else 64)
+        assert refuses(lambda spec=spec: build_model(spec, str(path)), word)
 
 
 def test_a_norm_after_the_pooling_is_not_made_of_one_before(tmp_path):
