@@ -186,7 +186,7 @@ def read_masked(name: str, folder: str, target: str, args: argparse.Namespace) -
     data = read_data(output / "data")
     crops = data.directory / "crops" / "saliency"
     paths = data.array_path("train"), crops / data.array_path("train").name
-    arrays = [shrink(np.load(path, mmap_mode="r"), args.size) for path in paths]
+    arrays = [shrink(np.load(path, mmap_mode="r", allow_pickle=False), args.size) for path in paths]
     sizes = data.train[["width", "height"]].to_numpy()
     pairs = zip(data.train[ID], sizes.tolist(), strict=True)
     squares = [lesions.ideal_square(lesions.read_mask(source / "masks", each, tuple(size))) for each, size in pairs]
@@ -337,7 +337,7 @@ def draw_maps(args: argparse.Namespace) -> None:
             for way, attend in tqdm(ways.items(), desc=f"maps of {name}, seed {seed}"):
                 parts = [attend(problem.pictures(part, ("whole",))).numpy() for part in np.array_split(test, 12)]
                 found[way] = judge(problem, test, np.concatenate(parts))
-            found["saliency"] = judge(problem, test, np.load(problem.maps, mmap_mode="r")[test])
+            found["saliency"] = judge(problem, test, np.load(problem.maps, mmap_mode="r", allow_pickle=False)[test])
             found["whole image"] = judge(problem, test, np.ones((len(test), 8, 8), np.float32))
             with torch.inference_mode():
                 logit = torch.cat([prompts(problem.pictures(part, ("whole",)))[0] for part in np.array_split(test, 12)])

@@ -11,8 +11,8 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-BUDGET, README_BYTES = 9540, 12_000  # lines of all modules, length of the README
-SCRIPTS = {"prepare", "preprocess", "train", "crop", "ensemble", "predict", "report", "features"}
+BUDGET, README_BYTES = 10_500, 12_000  # lines of all modules, length of the README
+SCRIPTS = {"prepare", "preprocess", "train", "crop", "ensemble", "predict", "report", "features", "export", "app"}
 # what a module may import of ours; a script all but scripts
 ALLOWED = {"util": (), "fsg": (), "losses": ("scores",), "scores": (), "tasks": ("util", "scores", "losses"),
            "blends": ("scores", "tasks"),
