@@ -55,7 +55,7 @@ BATCH, LR = 32, {"cnn": 5e-4, "vit": 1e-3}
 SEEDS = (0, 1, 2)
 DRAWS = 2000
 KEPT = ("plain", "registers")  # trainings whose weights are kept, for maps
-EQUAL = 0.01  # a loss that the interval of an equal score may reach
+EQUAL = 0.01  # a loss that the interval of a score that is no worse may reach
 
 
 # ---------------------------------------------------------------- sets of pictures
@@ -503,7 +503,7 @@ def show_table(args: argparse.Namespace) -> None:
     for i, row in enumerate(rows):
         holm = min(max(holm, (len(rows) - i) * row.p), 1.0)
         low, high = scores.interval(row.gains)
-        reading = ("better" if row.gain > 0 else "worse") if holm < 0.05 else "equal" if low > -EQUAL else "unclear"
+        reading = ("better" if row.gain > 0 else "worse") if holm < 0.05 else "no worse" if low > -EQUAL else "unclear"
         print(f"| {row.technique} | {row.where} | {row.score} | {row.base:.3f} | {row.value:.3f} "
               f"| {row.gain:+.3f} [{low:+.3f}, {high:+.3f}] | {row.p:.4f} | {holm:.3f} | {reading} |")  # fmt: skip
 
