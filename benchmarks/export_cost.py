@@ -31,6 +31,7 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    sys.path.insert(0, str(args.export))  # for its boxes.py
     model, single = Model(args.export), Single(read_run(args.run), torch.device("cpu"), args.tta)
     for key, name in (("model", "model.onnx"), ("finder", "finder.onnx"), ("int8", "model_int8.onnx")):
         if (args.export / name).exists():
