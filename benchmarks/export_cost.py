@@ -49,6 +49,7 @@ def main(args: argparse.Namespace) -> None:
         for name, path in paths.items():
             for one in read_chunks({name: path}, table[table[ID] == name], single, "fail"):
                 single.predict(one, {})
+                single.look(one)
 
     ways = {
         "torch, networks": lambda: [models.predict(network, single.tasks[k], batches[k], single.device, single.tta)
