@@ -41,7 +41,6 @@ import util
 from inference import Images, Single, list_images, read_chunks
 from maps import Explainer
 from plumbing import images as pixels
-from plumbing import run_onnx
 from plumbing.data import CORNERS, Data, read_data
 from plumbing.files import copy, finish_output, open_output, provenance, sha256, write_json
 from plumbing.runs import Run, read_run, score_line
@@ -77,7 +76,7 @@ class OnnxOperators(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class Together:
+class AllViews:
     """A source of maps that sees all views of an image in one pass, for a smaller graph."""
 
     def __init__(self, source):
@@ -89,8 +88,8 @@ class Together:
         return torch.stack([models.dihedral(each, view, inverse=True) for view, each in enumerate(maps)]).mean(dim=0)
 
 
-class Eye(nn.Module):
-    """Where a run looks."""
+class MeanMap(nn.Module):
+    """What a run finds its boxes in."""
 
     def __init__(self, finder: localize.Finder):
         super().__init__()
@@ -98,7 +97,7 @@ class Eye(nn.Module):
         for source in finder.sources.values():
             parts = parts_of(source)
             self.networks.extend(getattr(part, "network", part) for part in parts)
-            parts = [Together(part) for part in parts]
+            parts = [AllViews(part) for part in parts]
             self.sources.append(localize.Product(*parts) if len(parts) > 1 else parts[0])
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -113,7 +112,7 @@ def parts_of(source) -> tuple:
     return getattr(source, "sources", (source,))
 
 
-class Panel(nn.Module):
+class Ensemble(nn.Module):
     """The networks of a run as one, with the calibration {"scale", "bias"} of their mean, if there is one."""
 
     def __init__(self, single: Single, fit: dict | None):
@@ -201,26 +200,26 @@ def write_boxes(path: Path) -> None:
 
 def write_files(folder: Path, run: Run, single: Single) -> dict:
     """Write the networks and what they need beside them; returns the facts in model.json."""
-    panel, crop, how = Panel(single, run.metrics["calibration"]), single.crop is not None, None
-    names = ("crop",) if crop and single.inputs == ("whole",) else single.inputs
+    ensemble, how = Ensemble(single, run.metrics["calibration"]), None
+    names = ("crop",) if single.crop and single.inputs == ("whole",) else single.inputs
     pictures = torch.zeros(2, single.size, single.size, 3 * len(names), dtype=torch.uint8)
-    meta = {"meta": torch.zeros(2, sum(panel.widths))} if sum(panel.widths) else {}
-    write_onnx(folder / "model.onnx", panel, {"image": pictures} | meta, [*panel.outputs, "by_fold"])
-    columns = run.task.columns + [name.replace(PROB, "calibrated", 1) for name in run.task.columns if panel.fit]
+    meta = {"meta": torch.zeros(2, sum(ensemble.widths))} if sum(ensemble.widths) else {}
+    write_onnx(folder / "model.onnx", ensemble, {"image": pictures} | meta, [*ensemble.outputs, "by_fold"])
+    columns = run.task.columns + [name.replace(PROB, "calibrated", 1) for name in run.task.columns if ensemble.fit]
     if single.finder is not None:
-        eye, square = Eye(single.finder), pictures[:1, ..., :3]
-        eye(square)  # finds the layers that a saliency reads
-        write_onnx(folder / "finder.onnx", eye, {"image": square}, ["map"])
+        network, square = MeanMap(single.finder), pictures[:1, ..., :3]
+        network(square)  # finds the layers that a saliency reads
+        write_onnx(folder / "finder.onnx", network, {"image": square}, ["map"])
         write_boxes(folder / "boxes.py")
         columns += [*CORNERS, "confidence", "fallback"]
         how = {key: getattr(single.finder, key)
                for key in ("rule", "num_devs", "centre", "frame", "box_size", "margin")}  # fmt: skip
-    copy(Path(run_onnx.__file__), folder / "run.py")
+    copy(Path(pixels.__file__).with_name("run_onnx.py"), folder / "run.py")
     encoders = [list(encoder.columns.items()) for encoder in single.encoders.values()]
     facts = {"notice": "Not for clinical use", "run": run.name, "metrics": sha256(run.path / "metrics.json"),
              "task": run.config["task"], "folds": list(single.networks), "tta": single.tta, "encoders": encoders,
              "size": single.size, "exact": single.exact, "frame": single.frame, "pictures": names, "finder": how,
-             "outputs": panel.outputs, "columns": columns}  # fmt: skip
+             "outputs": ensemble.outputs, "columns": columns}  # fmt: skip
     write_json(folder / MARKER, facts)
     return facts
 
@@ -230,8 +229,8 @@ def check(folder: Path, run: Run, single: Single, paths: dict[str, Path], table:
     """Greatest difference between what run.py and predict.py say of some images, in probability or in standard
     deviations of a quantity. Raises InputError if it is too great."""
     expected, copies = [], folder / "check"
-    if other := [path for path in paths.values() if path.suffix.lower() not in run_onnx.SUFFIXES]:
-        raise InputError(f"{other[0]}: run.py reads no DICOM; convert some images and pass them as --images")
+    if dicom := [path for path in paths.values() if path.suffix.lower() == pixels.DICOM]:
+        raise InputError(f"{dicom[0]}: run.py reads no DICOM; convert some images and pass them as --images")
     for images in read_chunks(paths, table, single, "fail"):
         single.predict(images, found := {})
         expected.append(found[single.name])
@@ -287,8 +286,11 @@ def write_int8(folder: Path, run: Run, single: Single, data: Data) -> dict[str, 
         quantization.quantize_static(plain, folder / names[1], Sample(), **kinds)
     sessions, scores = [InferenceSession(folder / name) for name in names], {}
     tables = [data.train[data.train[FOLD] == k] for k in single.networks]
-    found = [[session.run(["by_fold"], one)[0][0, place] for session in sessions]
-             for place, (k, table) in enumerate(zip(single.networks, tables, strict=True)) for one in read(table, [k])]
+    found = [
+        [session.run(["by_fold"], one)[0][0, place] for session in sessions]
+        for place, (k, table) in enumerate(zip(single.networks, tables, strict=True))
+        for one in read(table, [k])
+    ]
     for name, prob in zip(names, np.array(found, float).swapaxes(0, 1), strict=True):
         oof = pd.concat(tables).assign(**dict(zip(run.task.columns, prob.T, strict=True)))
         metrics = score_folds(run.task, oof, data.group, list(single.networks))
