@@ -39,24 +39,22 @@ def open_array(path: Path, rows: int, size: int | None = None, dtype=np.uint8) -
 
 class Rows:
     """Images of an array on disk, read when they are asked for: uint8 (n_rows, S, S, 3) or (n_rows, K, S, S, 3). Plain
-    reads, because touched pages of a memory map count as memory of the process: in the end the whole array. It pickles
-    small: the process that reads opens the file."""
+    reads, because touched pages of a memory map count as memory of the process: in the end the whole array. Each call
+    opens the file, because forked processes would share the position of an open one and read each other's rows."""
 
     def __init__(self, path: Path, n_rows: int):
-        self.path, self.n_rows, self._file = path, n_rows, None
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_file": None}
+        self.path, self.n_rows, self._shape = path, n_rows, None
 
     def __getitem__(self, rows: int | np.ndarray) -> np.ndarray:
         """Images of some rows, or of one: uint8 (len(rows), ..., 3) or (..., 3)."""
-        if self._file is None:
+        if self._shape is None:
             array = open_array(self.path, self.n_rows)
-            self._shape, self._offset, self._file = array.shape[1:], array.offset, open(self.path, "rb", buffering=0)
+            self._shape, self._offset = array.shape[1:], array.offset
         images = np.empty((np.size(rows), *self._shape), np.uint8)
-        for image, row in zip(images, np.ravel(rows), strict=True):
-            self._file.seek(self._offset + int(row) * image.nbytes)
-            self._file.readinto(image)
+        with open(self.path, "rb", buffering=0) as file:
+            for image, row in zip(images, np.ravel(rows), strict=True):
+                file.seek(self._offset + int(row) * image.nbytes)
+                file.readinto(image)
         return images[0] if np.ndim(rows) == 0 else images
 
 

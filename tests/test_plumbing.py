@@ -5,10 +5,12 @@ import os
 import pickle
 import shutil
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import rewrite
 from PIL import Image
 
@@ -65,6 +67,25 @@ def test_a_finished_array_is_filled_on_unless_rows_were_left_out(tmp_path, monke
     array.finish(np.array([0, 2]))
     assert (open_array(path, 2)[:, 0, 0, 0] == [7, 9]).all()
     assert PartialArray(path, (3, 4, 4, 3)).is_new  # what is there is no longer row by row
+
+
+def test_processes_and_threads_that_share_an_array_read_their_own_rows(tmp_path):
+    np.save(tmp_path / "x.npy", np.repeat(np.arange(200, dtype=np.uint8), 48).reshape(200, 4, 4, 3))
+    rows = Rows(tmp_path / "x.npy", 200)
+    assert rows[7].max() == 7  # opened here, before there are others
+    mine = [int(rows[i].max()) for i in range(200)]
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self):
+            return 20_000
+
+        def __getitem__(self, i):
+            return int(rows[i % 200].max())
+
+    for batch, found in enumerate(torch.utils.data.DataLoader(Pictures(), 500, num_workers=2)):
+        assert found.tolist() == [i % 200 for i in range(500 * batch, 500 * batch + 500)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda i: int(rows[i % 200].max()), range(4000))) == mine * 20
 
 
 # ---------------------------------------------------------------- tables and groups
