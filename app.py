@@ -3,60 +3,41 @@
     python app.py --run example_data/runs/chipnet
     python app.py --run runs/ensemble --port 8000
 
-Pictures go the way they go in predict.py; metadata that is not filled in counts as missing. Needs gradio (pip install
-gradio). Only this machine can open the page unless --host says otherwise. A picture is removed once it is answered.
+Pictures go the way they go in predict.py; metadata that is not filled in counts as missing. Only this machine can open
+the page unless --host says otherwise. A picture is removed once it is answered. Needs gradio, which takes an older
+Pillow, whose pixels differ by a level here and there: pip install gradio in an environment of its own.
 """
 
 import argparse
 import base64
 import os
-import shutil
-import threading
 from contextlib import suppress
 from html import escape
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pandas as pd
-from PIL import Image
 
 import util
 from calibration import calibrated
-from inference import Images, Look, open_predictor
-from localize import upsample
+from inference import Images, draw_look, open_predictor
 from plumbing.distributed import pick_device
-from plumbing.figures import draw_picture, draw_row, new_figure
-from plumbing.images import SUFFIXES, configure_pillow, name_key, read_image, read_square
+from plumbing.images import SUFFIXES, configure_pillow, name_key, read_square
 from plumbing.runs import Run, read_run
 from util import ID, InputError
 
 SIDE = 640  # longest side, in pixels, of the picture that is shown
 CSS = """.answer .prose {display: flex; flex-wrap: wrap; align-items: center} .answer p {flex-basis: 100%}
 .answer img {flex: 1 1 40em; min-width: 0}"""
-ONE = threading.Lock()  # pictures wait for each other: a large one takes a lot of memory
 
 
-def draw(path: Path, size: tuple[int, int], look: Look | None) -> bytes:
-    """PNG of a picture of `size` (width, height); if the run looks somewhere, with its box, map and crop."""
-    image, figure = read_image(path, SIDE)[0], new_figure(figsize=(9, 3.2))
-    image.thumbnail((SIDE, SIDE), Image.Resampling.BILINEAR)
-    if look is None:
-        draw_picture(figure.subplots(), np.asarray(image), size)
-    else:
-        axes, crops = figure.subplots(1, 3), np.concatenate(look.crops[0, : len(look.boxes[0])], axis=1)
-        draw_row(axes, np.asarray(image), size, look.boxes[0], upsample(look.maps[0]), crops, look.frame)
-        for axis, title in zip(axes, ("box", look.boxes[0][0].reason or "map", "crop"), strict=True):
-            axis.set_title(title, fontsize=9)
-    figure.savefig(png := BytesIO(), format="png", dpi=160)
-    return png.getvalue()
-
-
-def answer(run: Run, predictor, path: Path, meta: dict) -> str:
-    """HTML of what a run says of an image file and its metadata by column (None: missing). Raises InputError."""
+def answer(run: Run, predictor, path: Path, meta: dict[str, str]) -> str:
+    """HTML of what a run says of an image file and its metadata by column. Raises InputError."""
     square, size = read_square(path, predictor.size, predictor.exact, predictor.frame)
-    table = pd.DataFrame({ID: [name_key(path.name)]} | {column: [value] for column, value in meta.items()})
+    name = name_key(path.name)
+    table = pd.read_csv(StringIO(pd.DataFrame([{ID: name} | meta]).to_csv(index=False)))  # cells as predict.py has them
+    table[ID] = [name]
     images, found = Images(table, [path], square[None], [size]), {}
     predictor.predict(images, found)
     shown = {predictor.name: found.pop(predictor.name)} | found  # a blend before its members
@@ -64,9 +45,10 @@ def answer(run: Run, predictor, path: Path, meta: dict) -> str:
         shown["calibrated"] = calibrated(run.task, shown[predictor.name], fit)
     cells = pd.DataFrame({name: values[0] for name, values in shown.items()}, run.task.names)
     cells = cells.rename_axis(columns="probability" if run.task.probabilistic else "prediction")
-    png = base64.b64encode(draw(path, size, predictor.look(images))).decode()
+    draw_look(path, size, predictor.look(images), 0, SIDE).savefig(png := BytesIO(), format="png", dpi=160)
     seen = table[ID].isin(run.table("oof.csv")[ID].map(name_key)).any()
     note = "<p>A training image has this name: the networks may have learned from it.</p>" if seen else ""
+    png = base64.b64encode(png.getvalue()).decode()
     head = f'<p>{escape(path.name)}</p><img src="data:image/png;base64,{png}" alt="picture, box, map, crop">'
     return head + cells.to_html(float_format="%.3f") + note
 
@@ -75,19 +57,19 @@ def make_page(gradio, run: Run, predictor, max_mb: int):
     """The page (gradio.Blocks): a field per column of metadata, one for a picture, and the answer."""
     columns = sorted(predictor.meta_columns())
 
+    async def stay(path: str) -> str:
+        """Where a picture lies that was sent; gradio would fetch one whose address was sent instead."""
+        return path
+
     def reply(upload: dict, *values: str) -> tuple[None, str]:
-        """Empty the field for the next picture, and answer this one."""
-        sent = Path(upload["path"])  # in gradio's folder, as it has checked
-        meta = {column: value or None for column, value in zip(columns, values, strict=True)}
-        try:
-            with TemporaryDirectory() as own:
-                path = Path(shutil.copy(sent, own))  # who sends the same picture meanwhile sends the same file
-                with ONE:
-                    return None, answer(run, predictor, path, meta)
-        except FileNotFoundError:
+        """Empty the field for the next picture, and answer this one; gradio lets one in at a time."""
+        sent = Path(upload["path"])  # in gradio's folder, as it has checked, or an address
+        if not sent.is_file():
             return None, f"<p>{escape(sent.name)} was sent twice and is removed after one answer; send it again</p>"
+        try:
+            return None, answer(run, predictor, sent, dict(zip(columns, values, strict=True)))
         except InputError as error:
-            return None, f"<p>{escape(str(error).replace(str(path), path.name))}</p>"
+            return None, f"<p>{escape(str(error).replace(str(sent), sent.name))}</p>"
         finally:
             sent.unlink(missing_ok=True)
             with suppress(OSError):
@@ -100,8 +82,8 @@ def make_page(gradio, run: Run, predictor, max_mb: int):
         with gradio.Row():
             fields = [gradio.Textbox(label=column, info=hint) for column in columns]
         picture, result = gradio.File(label="picture", height=140), gradio.HTML(elem_classes="answer")
-        inputs, how = [picture, *fields], {"preprocess": False, "concurrency_limit": None, "api_name": "predict"}
-        picture.upload(reply, inputs, [picture, result], **how)
+        picture.async_move_resource_to_block_cache = stay
+        picture.upload(reply, [picture, *fields], [picture, result], preprocess=False, api_name="predict")
     return page
 
 
@@ -125,7 +107,6 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f"--host {args.host} --port {args.port}: {error}; pass others") from None
 
 
-# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__, "device")
@@ -135,7 +116,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--port", type=util.number(int, 1, 65535), default=7860, help="port to listen at")
     add("--max_mb", type=util.COUNT, default=32, help="largest file, in MB")
     return parser
-# fmt: on
 
 
 if __name__ == "__main__":

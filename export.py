@@ -27,7 +27,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -138,18 +137,13 @@ class Ensemble(nn.Module):
         return mean, task.prob(self.fit["scale"] * logit + torch.tensor(self.fit["bias"])), each
 
 
-def length(batch) -> int:
-    """len() that leaves the number of images open."""
-    return batch.shape[0] if torch.is_tensor(batch) else len(batch)
-
-
 def write_onnx(path: Path, network: nn.Module, inputs: dict[str, torch.Tensor], outputs: list[str]) -> None:
     """Write a network as an ONNX file that takes as many images as it is given, or one if the example inputs are one.
     Raises InputError if it has parts that ONNX cannot express."""
     several = len(next(iter(inputs.values()))) > 1
     shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if several else None
     try:
-        with torch.no_grad(), warnings.catch_warnings(), mock.patch.object(models, "len", length, create=True):
+        with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 network.eval(), tuple(inputs.values()), path, dynamo=True, external_data=False, verbose=False,
@@ -281,9 +275,10 @@ def write_int8(folder: Path, run: Run, single: Single, data: Data) -> dict[str, 
 
     plain, names = folder / "check" / "plain.onnx", ("model.onnx", "model_int8.onnx")
     kinds = {"per_channel": True, "activation_type": quantization.QuantType.QUInt8}
-    with mock.patch.object(logging.root, "disabled", True):  # it warns of vectors that have no channels
-        quant_pre_process(folder / names[0], plain)
-        quantization.quantize_static(plain, folder / names[1], Sample(), **kinds)
+    logging.disable(logging.WARNING)  # it warns of vectors that have no channels
+    quant_pre_process(folder / names[0], plain)
+    quantization.quantize_static(plain, folder / names[1], Sample(), **kinds)
+    logging.disable(logging.NOTSET)
     sessions, scores = [InferenceSession(folder / name) for name in names], {}
     tables = [data.train[data.train[FOLD] == k] for k in single.networks]
     found = [
@@ -340,7 +335,6 @@ def main(args: argparse.Namespace) -> Path:
     return output
 
 
-# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__, "overwrite")
@@ -353,7 +347,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--images", nargs="+", type=Path, help="what to check on, without metadata [images of the run's tables]")
     add("--data_dir", type=Path, help="from preprocess.py [as the run says]")
     return parser
-# fmt: on
 
 
 if __name__ == "__main__":

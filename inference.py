@@ -15,14 +15,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 import models
 import util
 from blends import BLENDS, Weighted, average_of
-from localize import Box, Finder
+from localize import Box, Finder, upsample
 from places import Extractor, widen
 from plumbing.cells import Bag, read_cells, split
 from plumbing.data import MetaEncoder, read_table
+from plumbing.figures import draw_picture, draw_row, new_figure
 from plumbing.files import check_hashes
 from plumbing.images import (
     SUFFIXES,
@@ -35,6 +37,7 @@ from plumbing.images import (
     name_key,
     read_crops,
     read_depth,
+    read_image,
     read_square_or_skip,
 )
 from plumbing.runs import FINDER, STACK, Run
@@ -55,6 +58,28 @@ class Look:
     weights: np.ndarray
     crops: np.ndarray
     frame: Frame
+
+
+def read_thumbnail(path: Path, side: int) -> np.ndarray:
+    """Picture of an image file: uint8 (H, W, 3), at most `side` pixels long."""
+    image = read_image(path, side)[0]
+    image.thumbnail((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def draw_look(path: Path, size: tuple[int, int], look: Look | None, row: int, side: int):
+    """Figure of an image file of `size` (width, height), at most `side` pixels long: with its boxes, map and crops, if
+    there is a look, of which it is a row."""
+    image, figure = read_thumbnail(path, side), new_figure(figsize=(9, 3.2))
+    if look is None:
+        draw_picture(figure.subplots(), image, size)
+    else:
+        boxes, axes = look.boxes[row], figure.subplots(1, 3)
+        crops = np.concatenate(look.crops[row, : len(boxes)], axis=1)
+        draw_row(axes, image, size, boxes, upsample(look.maps[row]), crops, look.frame)
+        for axis, title in zip(axes, ("box", boxes[0].reason or "map", "crop"), strict=True):
+            axis.set_title(title, fontsize=9)
+    return figure
 
 
 @dataclass

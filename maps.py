@@ -90,10 +90,9 @@ class Cam(Explainer):
         if self.layer is None:
             self.layer = last_stage(self.network, image)
         logit, outputs = self.forward(image, meta, [self.layer, ""])
-        maps, pooled = outputs[self.layer], outputs[""]
-        alike = maps.shape[:2] == pooled.shape and torch.allclose(maps.mean(dim=(2, 3)), pooled, TOLERANCE, 1e-5)
-        if not alike or not isinstance(self.network.head[-1], nn.Linear):
+        if not is_pooled(self.network, outputs[self.layer], outputs[""]):
             raise InputError("cam needs a network that ends in pooling and one linear layer; take gradcam")
+        maps = outputs[self.layer]
         weight = shares(logit).to(maps.dtype) @ self.network.head[-1].weight[:, : maps.shape[1]].to(maps.dtype)
         return logit, torch.einsum("nfhw,ncf->nchw", maps, weight) / maps[0, 0].numel()
 
@@ -197,24 +196,37 @@ class Rollout(Explainer):
 WAYS = {"attention": ClassAttention, "cam": Cam, "gradcam": GradCam, "rollout": Rollout}
 
 
-def default_way(network: nn.Module) -> str:
-    """The way that suits a network."""
+def default_way(network: nn.Module, size: int) -> str:
+    """The way that suits a network of images of `size` pixels, by a look at an empty one."""
     if hasattr(network, "take_in"):
         return "attention"
-    if attention_modules(network.backbone):
+    backbone = network.backbone
+    if attention_modules(backbone):
         return "rollout"
-    return "gradcam" if has_class_token(network.backbone) else "cam"
+    image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=next(network.parameters()).device)
+    try:
+        layer = last_stage(network, image)
+    except InputError:
+        return "gradcam"
+    pooled, outputs = run_backbone(network, [layer], lambda: backbone(network.normalise(image)))
+    return "cam" if is_pooled(network, outputs[layer], pooled) else "gradcam"
 
 
-def choose_way(way: str | None, network: nn.Module) -> str:
+def choose_way(way: str | None, network: nn.Module, size: int) -> str:
     """The way asked for, or the default; raises InputError if it is not for such a network."""
-    way = way or default_way(network)
-    if (way == "attention") != hasattr(network, "take_in"):
-        raise InputError(f"maps by {way} are not for this network; pass {default_way(network)}")
-    return way
+    best = default_way(network, size)
+    if way is not None and (way == "attention") != (best == "attention"):
+        raise InputError(f"maps by {way} are not for this network; pass {best}")
+    return way or best
 
 
 # ---------------------------------------------------------------- layers
+def is_pooled(network: nn.Module, maps: torch.Tensor, pooled: torch.Tensor) -> bool:
+    """Whether features (N, F) are the means of maps (N, F, h, w), and one linear layer makes the logit of them."""
+    alike = maps.shape[:2] == pooled.shape and torch.allclose(maps.mean(dim=(2, 3)), pooled, TOLERANCE, 1e-5)
+    return alike and isinstance(network.head[-1], nn.Linear)
+
+
 def has_class_token(backbone: nn.Module) -> bool:
     """Whether a network is a transformer with a class token: its only maps are its first."""
     return any("cls_token" in name or "class_token" in name for name, _ in backbone.named_parameters())

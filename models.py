@@ -287,7 +287,7 @@ class ChipNet(Network):
 
     def embed(self, image: torch.Tensor) -> torch.Tensor:
         """image (N, 3, S, S) -> one embedding per chip (N, C, h, w) with h = w = S / 32."""
-        n, grid = len(image), image.shape[-1] // CHIP
+        n, grid = image.shape[0], image.shape[-1] // CHIP  # len() would fix n in a traced graph
         # cut while the pixels are bytes, and into the channels-last layout that convolutions like
         chips = image.unflatten(3, (grid, CHIP)).unflatten(2, (grid, CHIP))
         chips = chips.permute(0, 2, 4, 3, 5, 1).reshape(-1, CHIP, CHIP, 3).permute(0, 3, 1, 2)

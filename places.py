@@ -90,7 +90,7 @@ class Extractor:
     def __init__(self, single, args: argparse.Namespace):
         single.check_sees_one()
         network = next(iter(single.networks.values()))
-        self.single, self.args, self.way = single, args, choose_way(args.way, network)
+        self.single, self.args, self.way = single, args, choose_way(args.way, network, single.size)
         self.ways = {k: WAYS[self.way](network) for k, network in single.networks.items()}
         image = torch.zeros(1, 3, single.size, single.size, dtype=torch.uint8, device=single.device)
         name = "" if self.way == "attention" else feature_layer(network, image)

@@ -20,44 +20,32 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import util
 from calibration import calibrated
-from inference import Images, Look, Single, list_images, note_seen, open_predictor, read_chunks, read_meta
+from inference import (
+    Images,
+    Single,
+    draw_look,
+    list_images,
+    note_seen,
+    open_predictor,
+    read_chunks,
+    read_meta,
+    read_thumbnail,
+)
 from localize import class_boxes, upsample
 from maps import WAYS, choose_way, every
 from plumbing.data import CORNERS
 from plumbing.distributed import pick_device
-from plumbing.figures import draw_picture, draw_row, new_figure, save_figure
+from plumbing.figures import draw_picture, new_figure, save_figure
 from plumbing.files import finish_output, open_output, provenance, sha256, write_table
-from plumbing.images import configure_pillow, find_depth, read_image
+from plumbing.images import configure_pillow, find_depth
 from plumbing.runs import Run, read_run
 from util import ID, PROB, InputError
 
 THUMBNAIL = 448  # longest side, in pixels, of the picture an image is drawn from
-
-
-def read_thumbnail(path: Path) -> np.ndarray:
-    """Picture of an image: uint8 (H, W, 3), at most THUMBNAIL pixels long."""
-    image = read_image(path, THUMBNAIL)[0]
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
-def draw(path: Path, images: Images, row: int, look: Look | None, words: str) -> None:
-    """Save the picture of one image; words: the prediction."""
-    figure = new_figure(figsize=(9, 3.2))
-    axes, parts = figure.subplots(1, 3), (None, None, None)
-    if look is not None:
-        crops = np.concatenate(look.crops[row, : len(look.boxes[row])], axis=1)
-        parts = look.boxes[row], upsample(look.maps[row]), crops, look.frame
-        axes[1].set_title(look.boxes[row][0].reason or "attention", fontsize=9)
-        axes[2].set_title("crop", fontsize=9)
-    draw_row(axes, read_thumbnail(images.paths[row]), images.sizes[row], *parts)
-    axes[0].set_title(f"{images.table[ID].iloc[row]}: {words}", fontsize=9)
-    save_figure(path, figure)
 
 
 # ---------------------------------------------------------------- maps of classes
@@ -97,7 +85,7 @@ def show_maps(args: argparse.Namespace, run: Run, paths: dict[str, Path]) -> Pat
     single = Single(run, pick_device(args.device), fold=False)
     single.check_sees_one()
     network = next(iter(single.networks.values()))
-    way, task = choose_way(args.way, network), run.task
+    way, task = choose_way(args.way, network, single.size), run.task
     table = read_meta(args, list(paths), single.meta_columns())
     output, written, rows = open_output(args.output, "predictions.json", args.overwrite, {}), ["maps.csv"], []
     with tqdm(total=len(paths), unit="image") as bar:
@@ -111,7 +99,7 @@ def show_maps(args: argparse.Namespace, run: Run, paths: dict[str, Path]) -> Pat
                 rows += [(name, label, p, number, *box.corners, box.confidence)
                          for label, p, _, boxes in found for number, box in enumerate(boxes)]  # fmt: skip
                 if args.pictures:
-                    draw_maps(output / f"{name}.png", read_thumbnail(path), name, size, view, found)
+                    draw_maps(output / f"{name}.png", read_thumbnail(path, THUMBNAIL), name, size, view, found)
                     written.append(f"{name}.png")
             bar.update(len(images.paths))
     if not bar.n:
@@ -162,7 +150,9 @@ def main(args: argparse.Namespace) -> Path:
                              for k, box in enumerate(boxes)]  # fmt: skip
             if args.pictures:
                 for row, name in enumerate(rows[ID]):
-                    draw(output / f"{name}.png", images, row, look, run.task.show(prob[row]))
+                    figure = draw_look(images.paths[row], images.sizes[row], look, row, THUMBNAIL)
+                    figure.axes[0].set_title(f"{name}: {run.task.show(prob[row])}", fontsize=9)
+                    save_figure(output / f"{name}.png", figure)
                     written.append(f"{name}.png")
             tables.append(rows)
             bar.update(len(rows))
@@ -181,7 +171,6 @@ def main(args: argparse.Namespace) -> Path:
     return output
 
 
-# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__, "amp", "device", "on_error", "limit", "overwrite")
@@ -200,7 +189,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--t_roi", type=util.SHARE, default=0.3, help="--maps: share of a map's maximum above which there are boxes")
     add("--pictures", action=BooleanOptionalAction, default=True, help="draw a picture per image")
     return parser
-# fmt: on
 
 
 if __name__ == "__main__":

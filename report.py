@@ -387,7 +387,8 @@ class Pictures:
         for k in np.unique(s.fold[rows]):
             if k not in self.explainers:
                 network, content = models.load_checkpoint(s.run.checkpoint(int(k)), s.device)
-                self.explainers[k] = WAYS[default_way(network)](network, blank_meta(content), s.task.evidence)
+                way = WAYS[default_way(network, self.whole.shape[1])]
+                self.explainers[k] = way(network, blank_meta(content), s.task.evidence)
             own, explainer = rows[s.fold[rows] == k], self.explainers[k]
             image = torch.from_numpy(self.whole[s.rows[own]]).permute(0, 3, 1, 2).to(s.device)
             try:

@@ -177,7 +177,7 @@ def make_ways(args: argparse.Namespace, single: Single, n: int) -> dict:
         way, _, layer = words.partition(":")
         return WAYS[way](network, meta, task.evidence, layer or None)
 
-    own = args.ways or [default_way(next(iter(single.networks.values())))]
+    own = args.ways or [default_way(next(iter(single.networks.values())), single.size)]
     others = {crop_dir.name: Kept(crop_dir, n) for crop_dir in args.crop_dir}
     others |= {kind: Control(kind) for kind in ("random", "centre")}
     ways = {words: partial(explain, words) for words in own}

@@ -17,6 +17,7 @@ shifts); the last weights are scored. What a technique changes is in papers.py.
 
 A row's gain is the mean over seeds; its interval (95 %) and p come from a bootstrap over groups of images and over
 seeds; p is corrected for all rows by Holm's method. A technique is in if its interval excludes 0 after the correction.
+table keeps all rows in techniques.csv, so that a set or technique can be measured without all others.
 """
 
 import argparse
@@ -48,13 +49,15 @@ import util
 from maps import GradCam, Rollout
 from plumbing.backbones import find_stages, read_torch_file
 from plumbing.data import read_data
-from plumbing.files import atomic
+from plumbing.files import atomic, write_table
 from util import FOLD, ID
 
 BATCH, LR = 32, {"cnn": 5e-4, "vit": 1e-3}
 SEEDS = (0, 1, 2)
 DRAWS = 2000
 KEPT = ("plain", "registers")  # trainings whose weights are kept, for maps
+FOUND = Path(__file__).with_suffix(".csv")  # all comparisons so far
+SMALLEST = 5e-5  # that a p is said to be
 EQUAL = 0.01  # a loss that the interval of a score that is no worse may reach
 
 
@@ -402,28 +405,6 @@ def one_step(problem: Problem, way: Plain, network: nn.Module, optimizer) -> Non
 
 
 # ---------------------------------------------------------------- the table
-@dataclass
-class Row:
-    """One comparison: scores of the technique and of what it is compared with, and the gain."""
-
-    technique: str
-    where: str
-    score: str
-    base: float
-    value: float
-    gains: np.ndarray
-
-    @property
-    def gain(self) -> float:
-        """Positive if the technique is better."""
-        return self.value - self.base
-
-    @property
-    def p(self) -> float:
-        """Two-sided, of a normal distribution as wide as the resampled gains."""
-        return float(2 * norm.sf(abs(self.gain) / max(np.nanstd(self.gains), 1e-9)))
-
-
 def scorer_of(problem: Problem, rows: np.ndarray, value: np.ndarray):
     """weights (n,) -> score: AUC of two classes, else accuracy; of a vector of values (n,) their mean."""
     target = problem.target[rows]
@@ -434,8 +415,9 @@ def scorer_of(problem: Problem, rows: np.ndarray, value: np.ndarray):
     return lambda weight=1.0: float(np.average(value[known], weights=np.broadcast_to(weight, value.shape)[known]))
 
 
-def compare(problem: Problem, technique: str, where: str, score: str, pairs: list[tuple]) -> Row:
-    """A row of pairs (rows, values of the base, values of the technique) by seed."""
+def compare(problem: Problem, technique: str, where: str, score: str, pairs: list[tuple]) -> dict:
+    """A row of pairs (rows, values of the base, values of the technique) by seed; p is two-sided, of a normal
+    distribution as wide as the resampled gains."""
     sides = [[scorer_of(problem, rows, value) for rows, *both in pairs for value in (both[side],)] for side in (0, 1)]
     base, value = (float(np.mean([of() for of in side])) for side in sides)
     code, names = pd.factorize(problem.group)
@@ -444,10 +426,12 @@ def compare(problem: Problem, technique: str, where: str, score: str, pairs: lis
         weight = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[code]
         seeds = rng.integers(len(pairs), size=len(pairs))
         gains.append(np.mean([sides[1][i](weight[pairs[i][0]]) - sides[0][i](weight[pairs[i][0]]) for i in seeds]))
-    return Row(technique, where, score, base, value, np.array(gains))
+    (low, high), p = scores.interval(np.array(gains)), 2 * norm.sf(abs(value - base) / max(np.nanstd(gains), 1e-9))
+    return {"technique": technique, "where": where, "score": score, "without": base, "with": value,
+            "gain": value - base, "low": low, "high": high, "p": max(float(p), SMALLEST)}  # fmt: skip
 
 
-def rows_of(problem: Problem, args: argparse.Namespace) -> list[Row]:
+def rows_of(problem: Problem, args: argparse.Namespace) -> list[dict]:
     """All comparisons on a set of pictures whose trainings are there."""
     rows, word = [], "AUC" if problem.classes == 2 else "accuracy"
 
@@ -496,16 +480,18 @@ def relative(problem: Problem, found: dict) -> np.ndarray:
 
 
 def show_table(args: argparse.Namespace) -> None:
-    """Print all comparisons, those with the smallest p first."""
-    rows = sorted((row for name in args.sets for row in rows_of(SETS[name](args), args)), key=lambda row: row.p)
+    """Add the comparisons whose trainings are here to techniques.csv; print all, those with the smallest p first."""
+    new = pd.DataFrame([row for name in args.sets for row in rows_of(SETS[name](args), args)])
+    table = pd.concat([pd.read_csv(FOUND), new]).drop_duplicates(["technique", "where"], keep="last").sort_values("p")
+    write_table(FOUND, table.round(dict.fromkeys(("without", "with", "gain", "low", "high"), 4) | {"p": 5}))
     print("| technique | where | score | without | with | gain [95 %] | p | p, Holm | reading |\n" + "|---" * 9 + "|")
     holm = 0.0
-    for i, row in enumerate(rows):
-        holm = min(max(holm, (len(rows) - i) * row.p), 1.0)
-        low, high = scores.interval(row.gains)
-        reading = ("better" if row.gain > 0 else "worse") if holm < 0.05 else "no worse" if low > -EQUAL else "unclear"
-        print(f"| {row.technique} | {row.where} | {row.score} | {row.base:.3f} | {row.value:.3f} "
-              f"| {row.gain:+.3f} [{low:+.3f}, {high:+.3f}] | {row.p:.4f} | {holm:.3f} | {reading} |")  # fmt: skip
+    for i, row in enumerate(table.to_dict("records")):
+        holm = min(max(holm, (len(table) - i) * row["p"]), 1.0)
+        reading = ("better" if row["gain"] > 0 else "worse") if holm < 0.05 else "unclear"
+        reading = "no worse" if reading == "unclear" and row["low"] > -EQUAL else reading
+        print("| {technique} | {where} | {score} | {without:.3f} | {with:.3f} | {gain:+.3f} [{low:+.3f}, {high:+.3f}] "
+              "| {p:.4f} |".format(**row), f"{holm:.3f} | {reading} |")  # fmt: skip
 
 
 # ---------------------------------------------------------------- command line
@@ -527,5 +513,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def main(args: argparse.Namespace) -> None:
+    """Run a command."""
+    if args.data is None and args.command != "cost":
+        raise util.InputError(f"{args.command} needs DATA, a folder with isic2018, polyps256, cifar10_subset, mnist")
+    COMMANDS[args.command](args)
+
+
 if __name__ == "__main__":
-    util.run_script(lambda args: COMMANDS[args.command](args), get_args_parser())
+    util.run_script(main, get_args_parser())

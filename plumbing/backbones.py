@@ -2,11 +2,13 @@
 others (docs/backbones.md)."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -89,8 +91,9 @@ def drop_head(network: nn.Module, head: str) -> None:
 
 @cache
 def say(line: str) -> None:
-    """Print a line, once in a process: backbones are made for every fold."""
-    print(line)
+    """Print a line, once: backbones are made for every fold, and by every process of torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
 
 
 def make_backbone(name: str, weights: str, image_size: int) -> tuple[nn.Module, str]:
@@ -115,13 +118,15 @@ def read_torch_file(path: Path) -> dict:
     """Read a file of plain types and tensors, of torch or safetensors; nothing in it is ever executed."""
     try:
         if path.suffix == ".safetensors":
+            if find_spec("safetensors") is None:
+                raise InputError(f"{path} needs the package safetensors; pip install safetensors")
             from safetensors.torch import load_file
 
             return load_file(path)
         # what training codes such as MAE's keep beside the weights
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, InputError):
         raise
     except Exception:  # torch raises as many types as there are ways to break a file
         content = None

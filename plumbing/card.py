@@ -44,7 +44,6 @@ validation of their own.
 
 ```bash
 python predict.py --run runs/{name} IMAGES
-python export.py runs/{name}
 ```
 
 ## Training
@@ -101,7 +100,7 @@ def fill_card(run: Run, sections: dict[str, str], group: str | None) -> str:
     started = [licence_of(one.config["args"]["backbone"], str(one.config["args"]["weights"])) for one in runs]
     seconds = sum(fold.get("seconds", 0) for one in runs for fold in one.metrics["folds"])
     facts = {
-        "name": run.name, "pipeline": "image-classification" if task.probabilistic else "image-feature-extraction",
+        "name": run.name, "pipeline": "image-classification" if task.probabilistic else "other",
         "metric": task.metric, "value": number(main[task.metric]), "data": Path(run.config["args"]["data_dir"]).name,
         "licence": "; ".join(dict.fromkeys(started)), "folds": len(run.folds), "minutes": f"{seconds / 60:.1f}",
         "group": f"groups are the values of `{group}`" if group else "every image is a group of its own",

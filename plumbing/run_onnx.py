@@ -12,6 +12,7 @@ import math
 import re
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -19,17 +20,18 @@ import numpy as np
 import onnxruntime
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
-MISSING = ("", "NA", "N/A", "NaN", "nan", "None", "NULL", "null")  # empty cells of a csv
+MISSING = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A",
+           "NA", "NULL", "NaN", "None", "n/a", "nan", "null")  # cells of a csv that pandas takes for empty
 
 
 # ---------------------------------------------------------------- pixels
 def decode(path: Path, min_side: float = math.inf) -> tuple[np.ndarray, tuple[int, int]]:
     """Upright RGB pixels uint8 (H, W, 3) and the original's (width, height); a JPEG at 1/2, 1/4 or 1/8 of its size as
     long as its short side keeps min_side pixels."""
-    data = np.fromfile(path, np.uint8)
+    data = np.fromfile(path, np.uint8) if path.is_file() else b""
     image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
     if image is None:
-        sys.exit(f"{path} is no JPEG, PNG, WebP or TIFF that OpenCV can read; convert it")
+        sys.exit(f"{path} is missing, or no JPEG, PNG, WebP or TIFF that OpenCV can read; convert it")
     size = image.shape[1::-1]
     scale = max(scale for scale in (1, 2, 4, 8) if scale == 1 or min(size) // min_side >= scale)
     if scale > 1 and data[:3].tobytes() == b"\xff\xd8\xff":
@@ -72,7 +74,7 @@ def cut(image: np.ndarray, box: tuple, size: int, original: tuple[int, int]) -> 
 def word(text: str) -> str:
     """A cell as the encoders know it: 1, 1.0, 001 and True are "1"; "" if it is missing."""
     text = unicodedata.normalize("NFC", text).strip()
-    text = "" if text in MISSING else {"True": "1", "False": "0"}.get(text, text)
+    text = "" if text in MISSING else {"TRUE": "1", "FALSE": "0"}.get(text.upper(), text)
     whole = re.fullmatch(r"(-?)0*(\d+)(\.0*)?", text)
     return whole[1] + whole[2] if whole else text
 
@@ -162,15 +164,22 @@ def main() -> None:
     model, meta, paths = Model(Path(__file__).parent, args.int8), {}, {}
     if args.csv:
         with open(args.csv, encoding="utf-8-sig", newline="") as file:
-            meta = {key_of(row["image_name"]): row for row in csv.DictReader(file)}
+            meta = {key_of(row["image_name"]): row for row in csv.DictReader(file) if "image_name" in row}
     for given in args.images:
         for path in sorted(given.rglob("*")) if given.is_dir() else [given]:
             if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-                paths[key_of(path.relative_to(given).as_posix() if given.is_dir() else path.name)] = path
+                name = key_of(path.relative_to(given).as_posix() if given.is_dir() else path.name)
+                if paths.setdefault(name, path) != path:
+                    sys.exit(f"{paths[name]} and {path} have the same name; predict them apart")
+    bare = Counter(name.rpartition("/")[2] for name in paths)  # a csv may name files without their folders
+    rows = {name: meta.get(name) or (bare[end] == 1 and meta.get(end)) or {}
+            for name in paths for end in [name.rpartition("/")[2]]}  # fmt: skip
+    if not paths or args.csv and not any(rows.values()):
+        sys.exit(f"{args.csv} names none of the images in a column image_name" if paths else "no images are named")
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["image_name", *model.facts["columns"]])
     for name, path in paths.items():
-        writer.writerow([name, *model.predict(path, meta.get(name) or meta.get(name.rpartition("/")[2], {}))])
+        writer.writerow([name, *model.predict(path, rows[name])])
 
 
 if __name__ == "__main__":

@@ -99,15 +99,17 @@ def test_fields_are_metadata_and_a_picture_is_removed_once_it_is_answered(blend,
     assert "Not for clinical use" in gradio.Markdown.call_args[0][0]
     assert [made[1]["label"] for made in gradio.Textbox.call_args_list] == sorted(predictor.meta_columns())
     reply, encoded, real = gradio.File.return_value.upload.call_args[0][0], [], MetaEncoder.encode
-    meta = tmp_path / "meta.csv"
+    meta, odd = tmp_path / "meta.csv", tmp_path / "odd.csv"
     meta.write_text("image_name,sex,age_approx\n0024,male,40\n")
+    odd.write_text("image_name,sex,age_approx\n0024,TRUE,n/a\n")
     words = ["--run", blend, "--device", "cpu", "--no-pictures", source / "images" / "0024.jpg"]
 
     def encode(*args):
         encoded[-1].append(real(*args))
         return encoded[-1][-1]
 
-    for i, (csv, values) in enumerate(((["--csv", meta], ("40", "", "male")), ([], ("", "", "")))):
+    cases = (["--csv", meta], ("40", "", "male")), ([], ("", "", "")), (["--csv", odd], ("n/a", None, "TRUE"))
+    for i, (csv, values) in enumerate(cases):
         (tmp_path / "hash").mkdir()
         sent = Path(shutil.copy(source / "images" / "0024.jpg", tmp_path / "hash"))
         with mock.patch.object(MetaEncoder, "encode", encode):
@@ -187,9 +189,9 @@ def upload(url, name, content):
     return json.loads(fetch(f"{url}gradio_api/upload", body, "multipart/form-data; boundary=x"))[0]
 
 
-def ask(url, path):
+def ask(url, path, **more):
     """What the server says of a picture that lies there: a list that ends in HTML, or an error."""
-    question = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
+    question = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}} | more]}
     event = json.loads(fetch(f"{url}gradio_api/call/predict", json.dumps(question).encode(), "application/json"))
     lines = fetch(f"{url}gradio_api/call/predict/{event['event_id']}").decode().splitlines()
     return json.loads(lines[1].removeprefix("data: "))
@@ -210,6 +212,8 @@ def test_requests_at_once_are_answered_and_nothing_is_kept(served, tmp_path):
     private = Path(shutil.copy(PICTURES / "EX_0161.jpg", tmp_path))  # what was not sent is neither read nor removed
     assert "error" in ask(url, str(private))
     assert private.exists()
+    assert "send it again" in ask(url, "http://example.com/x.jpg")[1]  # nor is anything fetched
+    assert "send it again" in ask(url, "http://example.com/x.jpg", is_stream=True)[1]
     assert files(folder) == []
     with socket.socket() as other:  # another address of this machine
         assert other.connect_ex(("127.0.0.2", int(url.rpartition(":")[2][:-1]))) != 0

@@ -248,14 +248,31 @@ def test_run_py_sees_the_very_pixels_that_networks_were_trained_on(tmp_path):
 def test_run_py_encodes_metadata_as_networks_know_it(tmp_path):
     table = pd.DataFrame({"sex": ["m", "f", "m", None], "age": [1, 2.5, None, 4], "code": ["1", "02", "x", "3.0"]})
     encoder = MetaEncoder.fit(table, ("sex", "age", "code", "none"))
-    cells = pd.DataFrame({"sex": ["m", " f", "NA", "", "other"], "age": ["003", "1e1", "", "inf", "word"],
-                          "code": ["01", "2.0", "X", "nan", "True"]})  # fmt: skip
-    cells.to_csv(tmp_path / "cells.csv", index=False)
-    expected = encoder.encode(pd.read_csv(tmp_path / "cells.csv"))
     columns = list(encoder.columns.items())
-    found = [run_onnx.encode(row, columns) for row in cells.to_dict("records")]
-    assert np.array_equal(np.array(found, np.float32), expected)
+    for table in ({"sex": ["m", " f", "NA", "", "other"], "age": ["003", "1e1", "", "inf", "word"],
+                   "code": ["01", "2.0", "X", "nan", "True"]},
+                  {"sex": ["n/a", "<NA>", "m"], "age": ["TRUE", "FALSE", ""],
+                   "code": ["true", "FALSE", "#N/A"]}):  # fmt: skip
+        cells = pd.DataFrame(table)
+        cells.to_csv(tmp_path / "cells.csv", index=False)
+        expected = encoder.encode(pd.read_csv(tmp_path / "cells.csv"))
+        found = [run_onnx.encode(row, columns) for row in cells.to_dict("records")]
+        assert np.array_equal(np.array(found, np.float32), expected)
     assert np.array_equal(run_onnx.encode({}, columns), encoder.encode(pd.DataFrame(index=[0]))[0])
+
+
+def test_run_py_refuses_what_predict_refuses_in_one_line(resnet, new_images, tmp_path):
+    (tmp_path / "other.csv").write_text("image_name,sex\n0001,male\n")
+    (tmp_path / "unnamed.csv").write_text("file,sex\n0026,male\n")
+    (tmp_path / "a").mkdir()
+    for words, said in (([new_images, new_images / "a" / "0024.jpg", tmp_path / "a" / "0024.jpg"], "same name"),
+                        ([new_images, "--csv", tmp_path / "other.csv"], "names none of the images"),
+                        ([new_images, "--csv", tmp_path / "unnamed.csv"], "names none of the images"),
+                        ([tmp_path / "none.jpg"], "none.jpg is missing"), ([tmp_path / "a"], "no images")):  # fmt: skip
+        done = subprocess.run([sys.executable, resnet / "run.py", *map(str, words)], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
 
 
 def test_the_files_need_onnxruntime_numpy_and_opencv_alone(tmp_path):

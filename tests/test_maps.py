@@ -132,7 +132,7 @@ def test_rollout_is_the_product_of_mean_attentions(backbone, gates):
 
 
 def test_every_network_has_a_way_and_grad_cam_sees_tokens():
-    chosen = [default_way(network(*pair)) for pair in (("regnet_tiny",), ("regnet_tiny", "chipnet"), ("vit_tiny",))]
+    chosen = [default_way(network(*pair), 64) for pair in (("regnet_tiny",), ("regnet_tiny", "chipnet"), ("vit_tiny",))]
     assert chosen == ["cam", "attention", "rollout"]
     logit, maps = GradCam(network("vit_tiny"), META).explain(images())
     assert maps.shape == (2, 3, 4, 4)

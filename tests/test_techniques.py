@@ -88,5 +88,21 @@ def test_a_planted_gain_is_found_and_noise_is_not(problem):
         pairs.append((test, prob, good))
         same.append((test, prob, prob + rng.normal(0, 0.01, prob.shape)))
     planted, noise = (techniques.compare(problem, "x", "y", "AUC", each) for each in (pairs, same))
-    assert planted.value == 1.0
-    assert planted.p < 0.001 < noise.p
+    assert planted["with"] == 1.0
+    assert planted["p"] < 0.001 < noise["p"]
+
+
+def test_the_table_keeps_rows_whose_trainings_are_elsewhere(problem, tmp_path, monkeypatch, capsys):
+    row = {"technique": "x", "where": "drawn", "score": "AUC", "without": 0.5, "with": 0.9, "gain": 0.4, "low": 0.3,
+           "high": 0.5, "p": 0.001}  # fmt: skip
+    monkeypatch.setattr(techniques, "FOUND", tmp_path / "found.csv")
+    old = "x,drawn,AUC,.5,.6,.1,-.1,.3,.3", "y,skin,AUC,.5,.4,-.1,-.2,0,.02"
+    (tmp_path / "found.csv").write_text("\n".join([",".join(row), *old]))
+    monkeypatch.setattr(techniques, "SETS", {"drawn": lambda args: problem})
+    monkeypatch.setattr(techniques, "rows_of", lambda *_: [row])
+    techniques.show_table(techniques.get_args_parser().parse_args(["table", "--sets", "drawn"]))
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| x | drawn | AUC | 0.500 | 0.900 | +0.400 [+0.300, +0.500] | 0.0010 | 0.002 | better |",
+        "| y | skin | AUC | 0.500 | 0.400 | -0.100 [-0.200, +0.000] | 0.0200 | 0.020 | worse |",
+    ]
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 3
