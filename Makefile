@@ -60,4 +60,4 @@ example_weights: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv demo data runs predictions
+	rm -rf .venv demo data runs predictions exports features looks hour
