@@ -7,16 +7,14 @@ Writes  --output_dir/: train.csv, left_out.csv (what is not in it, and why), ima
     python prepare.py real_colon RAW_DIR --output_dir real_colon
     python prepare.py sun RAW_DIR --output_dir sun --frames_per_lesion 40
 
-Cholec80 has films: their annotated frames are decoded into images/, unless RAW_DIR/frames has them. A new data set is
-a class and a row of DATASETS. A stopped call goes on after the last video, case or sequence that it finished.
+Cholec80 has films: their annotated frames are decoded into images/. A new data set is a class and a row of DATASETS. A
+stopped call goes on after the last video, case or sequence that it finished.
 
 References:
-    The READMEs of REAL-colon, SUN, Cholec80 and the ISIC challenges; cosmoimd/feature-selection-gates (renamed/ of
-    SUN); PangWinnie0219/GradCAMDownstreamTask and lalithjets (tables and XMLs for EndoVis 2018).
+    The READMEs of REAL-colon, SUN, Cholec80, EndoVis 2018 and the ISIC challenges.
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -24,26 +22,24 @@ import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 import util
 from plumbing.data import CORNERS, META_COLUMNS
-from plumbing.files import atomic, finish_output, open_output, provenance, sha256
+from plumbing.files import atomic, finish_output, open_output, provenance, sha256, write_table
 from plumbing.images import DICOM, SUFFIXES, name_key, read_image
 from util import ID, TARGET, InputError
 
-FILES = {"row": "train.csv", "box": "boxes.csv", "left": "left_out.csv", "test": "test.csv",
-         "sample": "sample_submission.csv"}  # fmt: skip
 VIDEO = (ID, "patient_id", "video", "lesion_id", "frame", "size_mm")
 NUMBER = re.compile(r"([0-9]+)\.[^.]+$")
 HIDDEN = (".", "__MACOSX")  # what macOS leaves in archives
 RGB = (65536, 256, 1)
-FPS = 25  # of Cholec80's films; instruments are annotated once a second
 # our columns in the words of the skin sets
 NAMES = {ID: ID, "image": ID, "image_id": ID, "isic_id": ID, "patient_id": "patient_id", "patient": "patient_id",
          "lesion_id": "lesion_id", "sex": "sex", "age_approx": "age_approx", "age": "age_approx",
@@ -71,30 +67,29 @@ def natural(text) -> list:
     return [(0, int(word), "") if word.isdecimal() else (1, 0, word) for word in re.split("([0-9]+)", f"{text}")]
 
 
-def read_rows(path: Path, columns=()) -> Iterator[dict[str, str]]:
-    """Rows of a comma- or tab-separated table as text; raises InputError if it is none, or lacks a column."""
+def read_cells(path: Path, columns=(), only=None) -> pd.DataFrame:
+    """All cells of a table as text, or those in columns whose name fits `only`; raises InputError if it is no table, or
+    lacks one of `columns`."""
+    sep = "\t" if path.suffix == ".tab" else ","
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            tabs = "\t" in file.readline()
-            file.seek(0)
-            rows = csv.DictReader(file, delimiter="\t" if tabs else ",", restval="")
-            for column in (column for column in columns if column not in (rows.fieldnames or ())):
-                raise InputError(f"{path} has no column {column!r}; add it, or download the file again")
-            for row in rows:
-                if None in row:
-                    raise csv.Error(f"line {rows.line_num} is longer than the header")
-                yield {name: value.strip() for name, value in row.items()}
-    except (UnicodeDecodeError, csv.Error) as error:
+        table = pd.read_csv(path, sep=sep, usecols=only, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        if not isinstance(table.index, pd.RangeIndex):  # pandas took the first column for an index
+            raise ValueError("rows are longer than the header")
+    except ValueError as error:  # not UTF-8, not a table, or empty: pandas says which
         raise InputError(f"{path} is no readable table ({error}); save it as CSV UTF-8") from None
+    for column in (column for column in columns if column not in table):
+        raise InputError(f"{path} has no column {column!r}; add it, or download the file again")
+    return table.apply(lambda cells: cells.str.strip())
 
 
 def read_sizes(path: Path, id_col: str, size_col: str) -> dict[str, float]:
     """Size in mm by id, NaN if it is missing or there are two. SUN's "15mm-" is 15 mm or more and counts as 15."""
     sizes: dict[str, float] = {}
-    for row in read_rows(path, (id_col, size_col)):
-        match = re.fullmatch(r"([0-9]*\.?[0-9]+) *(mm)? *-?", row[size_col])
+    table = read_cells(path, (id_col, size_col))
+    for name, words in zip(table[id_col], table[size_col], strict=True):
+        match = re.fullmatch(r"([0-9]*\.?[0-9]+) *(mm)? *-?", words)
         size = float(match[1]) if match and float(match[1]) > 0 else math.nan
-        sizes[row[id_col]] = size if sizes.get(row[id_col], size) == size else math.nan
+        sizes[name] = size if sizes.get(name, size) == size else math.nan
     return sizes
 
 
@@ -116,13 +111,13 @@ def fit_box(corners: list, width: float, height: float) -> tuple[list[float], st
 class Dataset:
     """A published data set. find() notes its units of work (a video, a case) as {unit: {kind: path below RAW_DIR}};
     notes() gives {key: (where, annotation)} of one, frames() {key: image}, and row() the row of a pair, if any. A unit
-    goes into a part file, a line of JSON for each row of a table."""
+    goes into a part file: the rows of its tables, and counts."""
 
     columns: tuple[str, ...] = VIDEO  # of train.csv, all others are labels
     flags = "--target_col size_mm --cut 5 10 --n_folds 6"  # of preprocess.py
     layout = ""
     tables: tuple[str, ...] = ()  # files that all units depend on
-    own_images = False  # whether images/ is written
+    own_images = False  # whether images/ is written, not a link
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.raw, self.units, self.sizes = args, args.raw_dir, {}, {}
@@ -137,17 +132,14 @@ class Dataset:
 
     def fill(self, path: Path, unit: str) -> None:
         """Write the part of a unit."""
-        with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as self.file:
-            self.counts: Counter = Counter()
-            self.read(unit)
-            self.write("counts", self.counts)
-
-    def write(self, kind: str, cells: dict) -> None:
-        self.file.write(json.dumps([kind, cells]) + "\n")
+        self.part, self.counts = {"left_out": []}, Counter()
+        self.read(unit)
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(self.part | {"counts": self.counts}), encoding="utf-8")
 
     def leave_out(self, name: str, why: str, details: str = "") -> None:
         self.counts[why] += 1
-        self.write("left", {ID: name, "why": why, "details": details})
+        self.part["left_out"].append({ID: name, "why": why, "details": details})
 
     def fault(self, name: str, why: str, details: str = "") -> None:
         """Leave out what contradicts itself; raises InputError if that is to stop the work."""
@@ -180,10 +172,10 @@ class Dataset:
                 self.fault(notes[key][0], "annotation without frame")
             elif row := self.row(unit, key, frames[key], *notes[key]):
                 rows.append(row)
-        for row in rows if self.args.frames_per_lesion is None else self.draw(rows):
-            self.write("row", {name: value for name, value in row.items() if name not in CORNERS})
-            if CORNERS[0] in row:
-                self.write("box", {name: row[name] for name in (ID, *CORNERS)})
+        self.part["train"] = rows if self.args.frames_per_lesion is None else self.draw(rows)
+
+    def notes(self, unit: str) -> dict:
+        return {number: (path, None) for number, path in self.files(unit, "notes", (".xml", ".png")).items()}
 
     def frames(self, unit: str, notes: dict) -> dict:
         return self.files(unit, "frames")
@@ -218,27 +210,6 @@ class Dataset:
             cells = image, *ids[:2], lesion, ids[2], self.sizes[lesion], *box
             return dict(zip((*self.columns, *CORNERS), cells, strict=True))
 
-    def read_xml(self, path: str) -> ElementTree.Element | None:
-        """Root of an XML file, None if it is broken."""
-        try:
-            return ElementTree.fromstring((self.raw / path).read_bytes())
-        except (ElementTree.ParseError, LookupError, ValueError):  # the last two: of unknown encodings
-            self.fault(path, "broken XML")
-
-    def read_labels(self, path: str) -> dict[int, tuple[str, dict]]:
-        """{frame: (where, {label: 0 or 1})} of a table: a header, then lines of a frame and a 0 or 1 per label."""
-        head, *lines = (self.raw / path).read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
-        labels, found = head.split()[1:], {}
-        if not labels or any(label.isdecimal() for label in labels):
-            raise InputError(f"{self.raw / path} has no header: the word Frame, then a word per label; add this line")
-        for i, cells in enumerate(map(str.split, lines)):
-            sound = len(cells) == len(labels) + 1 and cells[0].isdecimal() and {*cells[1:]} <= {"0", "1"}
-            if cells and (not sound or int(cells[0]) in found):
-                self.fault(path, "broken line", f"line {i + 2}")
-            elif cells:
-                found[int(cells[0])] = f"{path} line {i + 2}", dict(zip(labels, map(int, cells[1:]), strict=True))
-        return found
-
 
 class RealColon(Dataset):
     layout = "lesion_info.csv, and folders 001-001_frames with images and 001-001_annotations with an XML for each"
@@ -252,12 +223,11 @@ class RealColon(Dataset):
                 self.sizes = read_sizes(self.raw / path, "unique_object_id", "size [mm]")
         self.units = self.units if self.tables else {}
 
-    def notes(self, video: str) -> dict:
-        return {number: (path, None) for number, path in self.files(video, "notes", ".xml").items()}
-
     def row(self, video: str, number: int, image: str, where: str, _) -> dict | None:
-        if (root := self.read_xml(where)) is None:
-            return None
+        try:
+            root = ElementTree.fromstring((self.raw / where).read_bytes())
+        except (ElementTree.ParseError, LookupError, ValueError):  # the last two: of unknown encodings
+            return self.fault(where, "broken XML")
         sides = [root.findtext(f"size/{side}") or "" for side in ("width", "height")]
         objects = [((each.findtext("unique_id") or "").strip(),
                     [each.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")])
@@ -267,44 +237,36 @@ class RealColon(Dataset):
 
 
 class Sun(Dataset):
-    layout = ("a csv with the columns ID and Size (the table of its web page), annotation_txt/case1.txt, and images in "
-              "folders case1 or renamed/case1")  # fmt: skip
+    layout = "a csv with the columns ID and Size (as on its web page), annotation_txt/case1.txt, and images in case1"
 
     def find(self) -> None:
         for path, name, is_folder in walk(self.raw, r"case[0-9]+|.*negative.*"):
-            parent, match = f"/{path}".split("/")[-2], re.fullmatch(r"case([0-9]+)(\.txt)?", name)
-            if match and is_folder != bool(match[2]) and (is_folder or parent == "annotation_txt"):
-                kind = {"renamed": "renamed", "annotation_txt": "notes"}.get(parent, "frames")
-                self.put(f"case{int(match[1])}", kind, path)
-            elif name.lower().endswith(".csv") and {"ID", "Size"} <= next(read_rows(self.raw / path), {}).keys():
+            pattern = r"(|.*/)case([0-9]+)" if is_folder else r"(|.*/)annotation_txt/case([0-9]+)\.txt"
+            if match := re.fullmatch(pattern, path):
+                self.put(f"case{int(match[2])}", "frames" if is_folder else "notes", path)
+            elif name.lower().endswith(".csv") and {"ID", "Size"} <= {*read_cells(self.raw / path)}:
                 self.tables, sizes = (path,), read_sizes(self.raw / path, "ID", "Size")
                 self.sizes = {f"case{re.sub('[^0-9]', '', case).lstrip('0')}": size for case, size in sizes.items()}
         self.units = self.units if self.tables else {}
 
     def notes(self, case: str) -> dict:
-        path, found, names = self.units[case].get("notes"), {}, {}
+        path, found = self.units[case].get("notes"), {}
         text = (self.raw / path).read_text(encoding="utf-8-sig", errors="replace") if path else ""
         for i, line in enumerate(text.splitlines()):
             name, _, rest = line.strip().partition(" ")
             *corners, kind = rest.replace(" ", "").split(",")
-            match, where = NUMBER.search(name), f"{path} line {i + 1}"
-            # an image renamed image_163.jpg is the one whose own name ends in 163, which must be in one clip only
-            key = int(match[1]) if match and "frames" not in self.units[case] else name
-            if name and (kind not in ("0", "1") or not match):
+            where = f"{path} line {i + 1}"
+            if name and (kind not in ("0", "1") or not NUMBER.search(name)):
                 self.fault(where, "broken line")
-            elif name and names.setdefault(key, name) != name:
-                self.fault(where, "several annotations of a renamed file", name)
-                names[key] = found.pop(key, None)  # nor is one that follows taken
             elif name:
-                boxes = found.setdefault(key, (where, (name, [])))[1][1]
+                boxes = found.setdefault(name, (where, []))[1]
                 boxes += [(case, corners)] if kind == "0" else []  # 1: no polyp
         return found
 
     def frames(self, case: str, notes: dict) -> dict:
-        return self.files(case, "frames", by_name=True) or self.files(case, "renamed")
+        return self.files(case, "frames", by_name=True)
 
-    def row(self, case: str, _, image: str, where: str, note: tuple) -> dict | None:
-        name, boxes = note
+    def row(self, case: str, name: str, image: str, where: str, boxes: list) -> dict | None:
         # Names that share time and device come from one examination: of 90 cases looked at 38 share theirs.
         patient = re.match(r"case_[A-Z]_([0-9]{14}_[0-9A-Z]+)_", name)
         video = re.sub(r"_?(ayy_)?image_?$", "", NUMBER.sub("", name)) or case
@@ -329,8 +291,8 @@ class Skin(Dataset):
                 self.others.setdefault(name, path)
         first = [[self.others[name] for name in names if name in self.others][:1] for names in (self.train, self.test)]
         self.tables, self.units = (*first[0], *first[1]), {"table": {}} if first[0] else {}
-        self.tests = {name: cells for path in first[1] for name, cells in self.rows(path, ID)}
-        if found := [os.path.dirname(self.image(name)) for name in self.tests if self.image(name)]:
+        self.tests = self.table(first[1][0], ID) if first[1] else pd.DataFrame({ID: []})
+        if found := [os.path.dirname(self.image(name)) for name in self.tests[ID] if self.image(name)]:
             self.flags += f" --test_image_dir {shlex.quote(str(self.raw / os.path.commonpath(found)))}"  # no copies
 
     def image(self, name: str) -> str:
@@ -339,39 +301,41 @@ class Skin(Dataset):
         size = {path: os.path.getsize(self.raw / path) for path in found if len(found) > 1}
         return min(found, key=lambda path: (path.lower().endswith(DICOM), -size.get(path, 0), path))
 
-    def rows(self, path: str, *needed: str) -> Iterator[tuple[str, dict]]:
-        """(name of the image, other cells in our columns) of a table."""
-        for row in read_rows(self.raw / path):
-            cells = {ours: row[theirs] for theirs, ours in NAMES.items() if theirs in row}
-            for column in (column for column in needed if column not in cells):
-                words = " or ".join(theirs for theirs, ours in NAMES.items() if ours == column)
-                raise InputError(f"{self.raw / path} has no column {words}; add it, or download the file again")
-            yield cells.pop(ID), cells
+    def table(self, path: str, *needed: str) -> pd.DataFrame:
+        """A table in our columns."""
+        found = read_cells(self.raw / path, only=NAMES.__contains__)
+        table = pd.DataFrame({ours: found[theirs] for theirs, ours in NAMES.items() if theirs in found})
+        for column in (column for column in needed if column not in table):
+            words = " or ".join(theirs for theirs, ours in NAMES.items() if ours == column)
+            raise InputError(f"{self.raw / path} has no column {words}; add it, or download the file again")
+        return table
 
     def read(self, unit: str) -> None:
-        twins, seen = self.others.get("ISIC_2020_Training_Duplicates.csv"), set()
-        twins = {row["image_name_2"]: row["image_name_1"] for row in read_rows(self.raw / twins)} if twins else {}
-        for name, cells in self.rows(self.tables[0], ID, TARGET):
+        twins = {}
+        if path := self.others.get("ISIC_2020_Training_Duplicates.csv"):
+            table = read_cells(self.raw / path, ("image_name_1", "image_name_2"))
+            twins = dict(zip(table["image_name_2"], table["image_name_1"], strict=True))
+        table = self.table(self.tables[0], ID, TARGET)
+        names, images = table[ID], table[ID].map(self.image)
+        reasons = {"a duplicate of another image": names.isin(twins), "annotation without image": images == "",
+                   "target missing": table[TARGET] == "", "another row has its name": names.duplicated()}  # fmt: skip
+        why = np.select([*reasons.values()], [*reasons], "")
+        for name, reason in zip(names[why != ""], why[why != ""], strict=True):
             if name in twins:
-                self.leave_out(name, "a duplicate of another image", twins[name])
-            elif why := ("annotation without image" * (not self.image(name)) or "target missing" * (not cells[TARGET])
-                         or "another row has its name" * (name in seen)):  # fmt: skip
-                self.fault(name, why)
+                self.leave_out(name, reason, twins[name])
             else:
-                self.write("row", {ID: self.image(name), **cells})
-            seen.add(name)
-        if not any(map(self.image, self.tests)):  # as published, those of ISIC 2024 are in an HDF5 file
-            self.counts["test images are no files, so there is no test.csv"] = len(self.tests)
+                self.fault(name, reason)
+        self.part["train"] = table.assign(**{ID: images})[why == ""].to_dict("list")
+        shown = self.tests[ID].map(self.image) != ""
+        if not shown.any():  # as published, those of ISIC 2024 are in an HDF5 file
+            self.counts["test images are no files, so there is no test.csv"] = len(shown)
             return
-        for name, cells in self.tests.items():  # under the name that a submission has
-            if self.image(name):
-                self.write("test", {ID: name, **cells})
-            else:
-                self.fault(name, "annotation without image")
-        sample = self.others.get("sample_submission.csv")
-        for row in read_rows(self.raw / sample) if sample else ():
-            if self.image(next(iter(row.values()))):
-                self.write("sample", row)
+        for name in self.tests[ID][~shown]:
+            self.fault(name, "annotation without image")
+        self.part["test"] = self.tests[shown].to_dict("list")  # under the names that a submission has
+        if path := self.others.get("sample_submission.csv"):
+            sample = read_cells(self.raw / path)
+            self.part["sample_submission"] = sample[sample.iloc[:, 0].map(self.image) != ""].to_dict("list")
 
 
 class Ham10000(Skin):
@@ -386,42 +350,41 @@ class Isic2024(Skin):
 
 
 class Cholec80(Dataset):
-    columns = tuple(name for name in VIDEO if name not in ("lesion_id", "size_mm"))
+    columns = (ID, "patient_id", "video", "frame")
     flags = "--task multilabel --group_col video"
-    layout = "tool_annotations/video01-tool.txt, and videos/video01.mp4 or images in frames/video01"
+    layout = "tool_annotations/video01-tool.txt and videos/video01.mp4"
+    own_images = True
 
     def find(self) -> None:
-        for path, name, is_folder in walk(self.raw, r"video[0-9]+"):
-            match = re.fullmatch(r"(video[0-9]+)(-tool\.txt|\.mp4)?", name)
-            if match and is_folder == (match[2] is None):
-                self.put(match[1], {None: "frames", ".mp4": "film"}.get(match[2], "notes"), path)
-        self.own_images = not any("frames" in where for where in self.units.values())
+        for path, name, is_folder in walk(self.raw):
+            if match := not is_folder and re.fullmatch(r"(video[0-9]+)(-tool\.txt|\.mp4)", name):
+                self.put(match[1], "film" if match[2] == ".mp4" else "notes", path)
 
     def notes(self, video: str) -> dict:
-        if "notes" in self.units[video]:
-            return self.read_labels(self.units[video]["notes"])
-        self.fault(next(iter(self.units[video].values())), "video without annotation")
-        return {}
+        """A table has a header, then lines of a frame and a 0 or 1 for each label."""
+        found, path = {}, self.units[video].get("notes")
+        if path is None:
+            self.fault(self.units[video]["film"], "video without annotation")
+            return found
+        head, *lines = (self.raw / path).read_text(encoding="utf-8-sig", errors="replace").splitlines() or [""]
+        labels = head.split()[1:]
+        if not labels or any(label.isdecimal() for label in labels):
+            raise InputError(f"{self.raw / path} has no header: the word Frame, then a word per label; add this line")
+        for i, cells in enumerate(map(str.split, lines)):
+            sound = len(cells) == len(labels) + 1 and cells[0].isdecimal() and {*cells[1:]} <= {"0", "1"}
+            if cells and (not sound or int(cells[0]) in found):
+                self.fault(path, "broken line", f"line {i + 2}")
+            elif cells:
+                found[int(cells[0])] = f"{path} line {i + 2}", dict(zip(labels, map(int, cells[1:]), strict=True))
+        return found
 
     def frames(self, video: str, notes: dict) -> dict:
-        if self.own_images or not notes:
-            return self.decode(video, notes) if notes and "film" in self.units[video] else {}
-        found, end = self.files(video, "frames"), max(notes)
-        first, last = min(found, default=0), max(found, default=0)
-        steps = [step for step, slack in ((1, 2 * FPS), (FPS, 2)) if abs(last - first - end / step) <= slack]
-        if first > 1 or len(steps) != 1:
-            where = self.units[video].get("frames", video)
-            self.fault(where, "file numbers are neither all frames nor all seconds of the film", f"{first} to {last}")
-            return {}
-        self.counts[f"videos with files numbered by {'frame' if steps == [1] else 'second'} from {first} on"] += 1
-        numbers = {frame: first + frame // steps[0] for frame in notes}
-        return {frame: found[number] for frame, number in numbers.items() if number in found}
-
-    def decode(self, video: str, notes: dict) -> dict:
-        """Write the annotated frames of a film as JPEGs; returns their names."""
+        """Write the annotated frames of the film as JPEGs."""
         import cv2
 
         found, images = {}, self.args.output_dir / "images"
+        if not notes or "film" not in self.units[video]:
+            return found
         (images / video).mkdir(parents=True, exist_ok=True)
         film = cv2.VideoCapture(str(self.raw / self.units[video]["film"]))
         for number in range(max(notes) + 1):
@@ -435,31 +398,26 @@ class Cholec80(Dataset):
         return found
 
     def row(self, video: str, number: int, image: str, where: str, labels: dict) -> dict | None:
-        return dict(zip(self.columns, (image, video, video, number), strict=True)) | labels
+        return {ID: image, "patient_id": video, "video": video, "frame": number} | labels
 
 
-class EndoVis18(Cholec80):
-    """Labels come from tables seq_1.txt if there are some, else XMLs, else colours. The test release is not read: its
-    sequences have the same names."""
+class EndoVis18(Dataset):
+    """The test release is not read: its sequences have the same names."""
 
-    layout = "images in seq_1/left_frames, and seq_1/labels with labels.json, XMLs in seq_1/xml, or tables seq_1.txt"
+    columns, flags = Cholec80.columns, Cholec80.flags
+    layout = "labels.json, and images in seq_1/left_frames and seq_1/labels"
 
     def find(self) -> None:
-        self.repairs, self.colours, kinds = {}, {}, {"left_frames": "frames", "labels": "labels", "xml": "xml"}
-        for path, name, is_folder in walk(self.raw, r"left_frames|right_frames|labels|xml|test_data|Test_data_.*"):
-            parent, match = f"/{path}".split("/")[-2], re.fullmatch(r"(seq_[0-9]+)(_frame([0-9]+)\.png|\.txt)", name)
-            if is_folder and name in kinds and parent.startswith("seq_"):
-                self.put(parent, kinds[name], path)
-            elif match and match[3]:
-                self.repairs[match[1], int(match[3])] = path  # of sequences 1 and 4, published apart
+        self.repairs, self.colours = {}, {}
+        for path, name, is_folder in walk(self.raw, r"left_frames|right_frames|labels|test_data|Test_data_.*"):
+            parent, match = f"/{path}".split("/")[-2], re.fullmatch(r"(seq_[0-9]+)_frame([0-9]+)\.png", name)
+            if is_folder and name in ("left_frames", "labels") and parent.startswith("seq_"):
+                self.put(parent, "notes" if name == "labels" else "frames", path)
             elif match:
-                self.put(match[1], "txt", path)
+                self.repairs[match[1], int(match[2])] = path  # of sequences 1 and 4, published apart
             elif name == "labels.json":
                 self.tables, self.colours = (path,), self.read_colours(self.raw / path)
-        kinds = {kind for where in self.units.values() for kind in where}
-        self.source = next((kind for kind in ("txt", "xml", "labels") if kind in kinds), None)
-        if self.source is None or (self.source == "labels" and not self.colours):
-            self.units = {}
+        self.units = self.units if self.colours else {}
 
     def read_colours(self, path: Path) -> dict[str, int]:
         """Colour of every label, as one number."""
@@ -468,27 +426,14 @@ class EndoVis18(Cholec80):
         except (ValueError, LookupError, TypeError) as error:
             raise InputError(f"{path} is no list of names and colours ({error}); download it again") from None
 
-    def notes(self, video: str) -> dict:
-        if self.source == "txt":
-            return self.read_labels(self.units[video]["txt"]) if "txt" in self.units[video] else {}
-        return {number: (path, {}) for number, path in self.files(video, self.source, (".xml", ".png")).items()}
-
-    frames = Dataset.frames
-
-    def row(self, video: str, number: int, image: str, where: str, labels: dict) -> dict | None:
-        if self.source == "xml":
-            if (root := self.read_xml(where)) is None:
-                return None
-            names = [each.findtext("name") or "" for each in root if each.tag in ("object", "objects")]
-            labels = {name.strip(): 1 for name in names}
-        elif self.source == "labels":
-            where = self.repairs.get((video, number), where)
-            try:
-                pixels = np.asarray(read_image(self.raw / where)[0]) @ RGB
-            except InputError as error:
-                return self.fault(where, "broken image of labels", str(error))
-            labels = {name: int((pixels == colour).any()) for name, colour in self.colours.items()}
-        return super().row(video, number, image, where, labels)
+    def row(self, video: str, number: int, image: str, where: str, _) -> dict | None:
+        where = self.repairs.get((video, number), where)
+        try:
+            pixels = np.asarray(read_image(self.raw / where)[0]) @ RGB
+        except InputError as error:
+            return self.fault(where, "broken image of labels", str(error))
+        labels = {name: int((pixels == colour).any()) for name, colour in self.colours.items()}
+        return {ID: image, "patient_id": video, "video": video, "frame": number} | labels
 
 
 DATASETS = {"real_colon": RealColon, "sun": Sun, "ham10000": Ham10000, "isic2020": Skin, "isic2024": Isic2024,
@@ -496,40 +441,29 @@ DATASETS = {"real_colon": RealColon, "sun": Sun, "ham10000": Ham10000, "isic2020
 
 
 # ---------------------------------------------------------------- command
-def read_parts(parts: list[Path]) -> Iterator[tuple[str, dict]]:
-    """Lines of all parts."""
+def join(folder: Path, parts: list[Path], fixed: tuple) -> tuple[list[Path], Counter, dict[str, bool]]:
+    """Write the tables of all parts: (files, counts, labels). Labels are the columns of train.csv that are not `fixed`;
+    True if folds can be made of one: it varies, and is in two videos."""
+    counts, left, tables = Counter(), [], defaultdict(list)
     for path in parts:
-        with open(path, encoding="utf-8") as file:
-            yield from map(json.loads, file)
-
-
-def join(folder: Path, parts: list[Path], fixed: set[str]) -> tuple[list[Path], Counter, dict[str, bool]]:
-    """Write the tables a line at a time: (files, counts, labels). Labels are the columns of train.csv that are not
-    `fixed`, 0 where a row lacks them; True if folds can be made of one: it varies, and is in two videos."""
-    heads: dict = {"row": {}, "left": dict.fromkeys((ID, "why", "details"))}
-    counts, rows, videos = Counter(), 0, defaultdict(Counter)
-    for kind, cells in read_parts(parts):
-        if kind == "counts":
-            counts.update(cells)
-            continue
-        heads.setdefault(kind, {}).update(dict.fromkeys(cells))
-        rows += kind == "row"
-        for label in cells.keys() - fixed if kind == "row" else ():
-            videos[label][cells["video"]] += cells[label]
-    if not rows:
-        raise InputError(f"no row is left for {folder / FILES['row']} ({dict(+counts)}); check RAW_DIR")
-    with ExitStack() as stack:
-        writers = {}
-        for kind, head in heads.items():
-            path = stack.enter_context(atomic(folder / FILES[kind]))
-            file = stack.enter_context(open(path, "w", newline="", encoding="utf-8"))
-            writers[kind] = csv.DictWriter(file, head, restval=0, lineterminator="\n")
-            writers[kind].writeheader()
-        for kind, cells in read_parts(parts):
-            if kind in writers:
-                writers[kind].writerow(cells)
-    labels = {name: len(+videos[name]) > 1 and videos[name].total() < rows for name in heads["row"] if name in videos}
-    return [folder / FILES[kind] for kind in heads], Counter({f"rows of {FILES['row']}": rows}) + counts, labels
+        part = json.loads(path.read_text(encoding="utf-8"))
+        counts.update(part.pop("counts"))
+        left += part.pop("left_out")
+        for name, rows in part.items():
+            if len(table := pd.DataFrame(rows)):
+                tables[name].append(table)
+    if "train" not in tables:
+        raise InputError(f"no row is left for {folder / 'train.csv'} ({dict(+counts)}); check RAW_DIR")
+    tables = {name: pd.concat(found) for name, found in tables.items()}
+    tables["left_out"] = pd.DataFrame(left, columns=[ID, "why", "details"])
+    train = tables["train"]
+    if CORNERS[0] in train:
+        tables |= {"train": train.drop(columns=CORNERS), "boxes": train[[ID, *CORNERS]]}
+    for name, table in tables.items():
+        write_table(folder / f"{name}.csv", table)
+    labels = {name: train.groupby("video")[name].any().sum() > 1 and not train[name].all()
+              for name in tables["train"] if name not in fixed}  # fmt: skip
+    return [folder / f"{name}.csv" for name in tables], Counter({"rows of train.csv": len(train)}) + counts, labels
 
 
 def main(args: argparse.Namespace) -> Path:
@@ -558,7 +492,7 @@ def main(args: argparse.Namespace) -> Path:
         parts.append(folder / f"{args.dataset} {unit}.part")
         if not parts[-1].exists():
             dataset.fill(parts[-1], unit)
-    files, counts, labels = join(folder, parts, {*dataset.columns})
+    files, counts, labels = join(folder, parts, dataset.columns)
     facts = {"counts": counts, "sha256": {path.name: sha256(path) for path in files}}
     finish_output(folder, "prepare.json", settings | facts | provenance())
     for what, count in counts.items():
@@ -567,7 +501,7 @@ def main(args: argparse.Namespace) -> Path:
         print(f"not in --target_col, since in all frames, in none or in one video only: {', '.join(odd)}")
     words = ["--target_col", *([name for name, good in labels.items() if good] or labels)] if labels else []
     words += [] if images.exists() else ["--image_dir", str(raw)]
-    words = shlex.join([str(folder / FILES["row"]), *words])
+    words = shlex.join([str(folder / "train.csv"), *words])
     print(f"next: python preprocess.py --train_csv {words} {dataset.flags}")
     return folder
 
