@@ -85,11 +85,6 @@ def by_order(task: Task) -> bool:
     return task.order_is_enough and task.metrics[task.metric].ranks
 
 
-def rank_of(task: Task, prob: np.ndarray, history: np.ndarray) -> np.ndarray:
-    """Ranks of predictions of one fold's network among its predictions of the rows that the fold held out."""
-    return rank_columns(history, prob)
-
-
 def value_of_rank(task: Task, rank: np.ndarray, history: np.ndarray) -> np.ndarray:
     """The prediction that has this rank in the history, if values matter; else the rank itself."""
     if by_order(task):
@@ -113,15 +108,15 @@ class Blend:
 
 BLENDS = {
     "mean": Blend(),
-    "rank": Blend(rank_of, value_of_rank, ranks=True),
+    "rank": Blend(lambda task, prob, history: rank_columns(history, prob), value_of_rank, ranks=True),
     "logit": Blend(lambda task, prob, history: task.logit(prob), lambda task, average, history: prob_of(task, average)),
     "weights": Blend(
-        lambda task, prob, history: rank_of(task, prob, history) if by_order(task) else prob,
+        lambda task, prob, history: rank_columns(history, prob) if by_order(task) else prob,
         ranks=True,
         learn=lambda task, values, extra, target: Weighted(learn_weights(task, values, target)),
     ),
     "stack": Blend(
-        lambda task, prob, history: rank_of(task, prob, history) if by_order(task) else prob, learn=Boosted, stacks=True
+        lambda task, prob, history: rank_columns(history, prob) if by_order(task) else prob, learn=Boosted, stacks=True
     ),
 }
 

@@ -361,7 +361,6 @@ def main(args: argparse.Namespace) -> Path:
     return folder
 
 
-# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__, "data_dir", "amp", "device", "workers", "limit", "overwrite")
@@ -388,7 +387,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--shifts", type=int, choices=(1, 2), default=2, help="2: chips also shifted by half, for a map twice as fine")
     add("--batch_size", type=count, help="images that networks see at a time [16; 256 on a GPU]")
     return parser
-# fmt: on
 
 
 if __name__ == "__main__":

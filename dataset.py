@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from plumbing.arrays import Rows, array_path, open_array
 from plumbing.cells import Bag, Cells
-from plumbing.data import Data, MetaEncoder, inner_boxes, meta_columns, with_boxes
+from plumbing.data import Data, MetaEncoder, meta_columns, with_boxes
 from plumbing.distributed import Team
 from plumbing.files import read_json
 from plumbing.images import box_raster, frame_of, hide_outside
@@ -152,29 +152,13 @@ AUGMENTATIONS = {
 }
 
 
-def train_transform(size: int, shift: int = 0, name: str = "skin") -> A.Compose:
-    """An augmentation by name, for images of size x size pixels."""
-    return A.Compose(AUGMENTATIONS[name].transforms(size, shift))
-
-
 # ---------------------------------------------------------------- where pictures come from
-class Stored:
-    """Images of an array, by row, or all crops of each."""
-
-    def __init__(self, path: Path, n_rows: int):
-        self.images = Rows(path, n_rows)
-
-    def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        """Image of a row: uint8 (S, S, 3), or (K, S, S, 3)."""
-        return self.images[row]
-
-
 class Jittered:
     """Crops for training: the box moved and scaled a little, now and then the whole image. They are cut from wide
     crops, in which box k of row i is the square at x, y = place[i, k, :2] with side place[i, k, 2], in fractions of the
     wide crop. So a network meets boxes as inexact as those of new images will be, without an array per epoch."""
 
-    def __init__(self, wide: Stored, whole: Stored, place: np.ndarray, size: int):
+    def __init__(self, wide: Rows, whole: Rows, place: np.ndarray, size: int):
         self.wide, self.whole, self.place, self.size = wide, whole, place, size
 
     def draw(self, place: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
@@ -210,7 +194,7 @@ class Located:
     """Whole images in which all but a thing's box is hidden, after they were turned and tinted. boxes: what the boxes
     of crop.py are around, views: the squares that the images show, both in pixels of the originals (N, 4)."""
 
-    def __init__(self, whole: Stored, boxes: np.ndarray, views: np.ndarray):
+    def __init__(self, whole: Rows, boxes: np.ndarray, views: np.ndarray):
         self.whole, self.boxes, self.views = whole, boxes, views
 
     def __call__(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -226,7 +210,7 @@ class Located:
 class Depth:
     """Depth maps of crops as grey pictures; they turn and move like images, and are not tinted."""
 
-    def __init__(self, stored: Stored):
+    def __init__(self, stored: Rows):
         self.stored = stored
 
     def __call__(self, row: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -342,7 +326,7 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
     crop_dir, tables = args.crop_dir, data.tables()
     if crop_dir is not None:
         boxes = {split: with_boxes(table, crop_dir, split) for split, table in tables.items()}
-        tables = {split: table for split, (table, _) in boxes.items()}
+        tables = {split: table for split, (table, *_) in boxes.items()}
     table, target, strata = tables["train"], data.target, data.task.strata(data.target)
     held_out = table[FOLD].to_numpy() == k
     rows = {
@@ -358,23 +342,24 @@ def make_images(data: Data, k: int, args, recipe) -> tuple[dict[str, ImageDatase
 
     places = {}
     if "location" in recipe.inputs:
-        for split, each in tables.items():
+        for split, (each, _, inner) in boxes.items():
             views = [frame_of(*size, data.facts["frame"]) for size in each[["width", "height"]].to_numpy()]
-            places[split] = inner_boxes(crop_dir, split), np.array(views)
-    images, augment = {}, train_transform(args.tile or data.size, recipe.network.shift, args.augment)
+            places[split] = inner, np.array(views)
+    transforms = AUGMENTATIONS[args.augment].transforms(args.tile or data.size, recipe.network.shift)
+    images, augment = {}, A.Compose(transforms)
     for part, chosen in rows.items():
         split, n_rows = ("test" if part == "test" else "train"), len(tables["test" if part == "test" else "train"])
-        pictures = {"whole": Stored(data.array_path(split), n_rows), "cells": data.cells.get(split)}
+        pictures = {"whole": Rows(data.array_path(split), n_rows), "cells": data.cells.get(split)}
         if crop_dir is not None:
-            pictures["crop"] = Stored(array_path(crop_dir, split, data.size), n_rows)
+            pictures["crop"] = Rows(array_path(crop_dir, split, data.size), n_rows)
         if part == "train" and crop_dir is not None and args.jitter:
             wide_size = read_json(crop_dir / "crop.json")["wide_size"]
-            wide = Stored(array_path(crop_dir, "train_wide", wide_size), n_rows)
+            wide = Rows(array_path(crop_dir, "train_wide", wide_size), n_rows)
             pictures["crop"] = Jittered(wide, pictures["whole"], boxes["train"][1], data.size)
         if "location" in recipe.inputs:
             pictures["location"] = Located(pictures["whole"], *places[split])
         if "depth" in recipe.inputs:
-            pictures["depth"] = Depth(Stored(array_path(crop_dir, f"{split}_depth", data.size), n_rows))
+            pictures["depth"] = Depth(Rows(array_path(crop_dir, f"{split}_depth", data.size), n_rows))
         # a network for whole images that is given --crop_dir looks at the crops instead
         seen = ("crop",) if crop_dir is not None and recipe.inputs == ("whole",) else recipe.inputs
         images[part] = ImageDataset(

@@ -378,11 +378,6 @@ def switched_off(flag: str, objects: Iterable) -> Iterator[None]:
             setattr(o, flag, True)
 
 
-def frozen(parameters: Iterable[nn.Parameter]):
-    """Context in which parameters get no gradient."""
-    return switched_off("requires_grad", parameters)
-
-
 def frozen_statistics(model: nn.Module):
     """Context in which batch norms in training mode still normalise by the batch but keep their running statistics."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
@@ -476,5 +471,5 @@ class GradientRouting:
         # freezing only saves time; DistributedDataParallel waits for the gradients of all parameters it started with
         upstream, parallel = self.mode == "upstream", hasattr(self.model, "no_sync")
         keep = frozen_statistics(self.model) if others is self.weights and not upstream else nullcontext()
-        with frozen([] if upstream or parallel else others), keep:
+        with switched_off("requires_grad", [] if upstream or parallel else others), keep:
             yield

@@ -2,7 +2,7 @@
 
 Reads   --train_csv, --test_csv, --extra_csv, sample_submission.csv beside them, and the images (never written)
 Writes  --output_dir/: {train,test}_224.npy, train.csv (with fold), test.csv, preprocess.json,
-        statistics.csv and statistics.png (what lies in each fold)
+        statistics.csv (what lies in each fold)
 
     python preprocess.py
     python preprocess.py --train_csv my/labels.csv --image_col file --group_col patient
@@ -27,7 +27,6 @@ from tqdm import tqdm
 import util
 from plumbing.arrays import Filling, PartialArray, array_path
 from plumbing.data import check_groups, folds_sha256, groups_of, read_table
-from plumbing.figures import draw_statistics, save_figure
 from plumbing.files import finish_output, open_output, provenance, read_csv, sha256, write_table
 from plumbing.images import ImageIndex, configure_pillow, name_key, read_square_or_skip
 from tasks import KINDS, Task, find_task, read_target, some_of
@@ -318,9 +317,7 @@ def main(args: argparse.Namespace) -> Path:
         columns = [*sample, *args.target_col][: 2 if len(task.names) == 1 else len(sample.columns)]
         tables["sample_submission"] = sample[sample[columns[0]].map(name_key).isin(tables["test"][ID].map(name_key))]
     case_col = case_column(train, args)
-    statistics = fold_statistics(train, task, col, case_col)
-    save_figure(folder / "statistics.png", draw_statistics(statistics))
-    for name, table in {**tables, "statistics": statistics}.items():
+    for name, table in {**tables, "statistics": fold_statistics(train, task, col, case_col)}.items():
         write_table(folder / f"{name}.csv", table)
         written.append(folder / f"{name}.csv")
     facts = {
@@ -343,7 +340,6 @@ def main(args: argparse.Namespace) -> Path:
     return folder
 
 
-# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser = util.new_parser(__doc__, "workers", "on_error", "limit", "overwrite")
@@ -370,7 +366,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--seed", type=util.number(int, 0, 2**32 - 1), default=0, help="of the folds")
     add("--exact", action="store_true", help="decode every JPEG in full")
     return parser
-# fmt: on
 
 
 if __name__ == "__main__":

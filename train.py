@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import dataset
@@ -42,7 +43,6 @@ from plumbing.backbones import read_torch_file
 from plumbing.cells import Cells, make_cells
 from plumbing.data import Data, MetaEncoder, read_data
 from plumbing.distributed import Team
-from plumbing.figures import save_inputs
 from plumbing.files import atomic, provenance, read_json, write_table
 from plumbing.guards import check_inputs, fold_weights
 from tasks import KINDS, Task, main_score, pick_rows, plain, prob_of
@@ -189,10 +189,8 @@ def fit_probe(k: int, args: argparse.Namespace, data: Data, run_dir: Path, team:
     row |= {"valid_loss": loss_of_prob(task, args.loss, prob["valid"], images["valid"].goal)}
     row |= {f"valid_{task.metric}": task.metrics[task.metric].sign * score, "strength": strength, "seconds": seconds}
     write_table(run_dir / f"fold{k}_log.csv", pd.DataFrame([row]))
-    tables = {part: fold_table(part, k, data, rows[part], task, prob[part]) for part in rows.keys() - {"train"}}
     facts = {"epochs": 1, "best_epoch": 1, "best_score": plain(score), "last_score": plain(score), "strength": strength}
-    facts |= {"seconds": seconds, "train_rows": len(target)} | provenance()
-    runs.write_fold(run_dir, k, facts, tables["valid"], tables.get("test"))
+    write_fold(run_dir, k, data, images, task, prob, facts | {"seconds": seconds})
 
 
 def about(k: int, data: Data, encoder: MetaEncoder, task: Task) -> dict:
@@ -201,14 +199,18 @@ def about(k: int, data: Data, encoder: MetaEncoder, task: Task) -> dict:
     return {"trained_on": trained_on, "encoder": encoder.columns, "task": task.facts()}
 
 
-def fold_table(part: str, k: int, data: Data, rows: np.ndarray, task: Task, prob: np.ndarray) -> pd.DataFrame:
-    """Predictions of fold k's network for its held-out images (with their target) or the test images."""
-    table = (data.test if part == "test" else data.train).iloc[rows]
-    known = table[task.targets].to_numpy() if part == "valid" else np.empty((len(table), 0))
-    found = pd.DataFrame({ID: table[ID].to_numpy(), FOLD: k})
-    found[task.targets[: known.shape[1]]] = known
-    found[task.columns] = prob
-    return found
+def write_fold(run_dir: Path, k: int, data: Data, images: dict, task: Task, prob: dict, facts: dict) -> None:
+    """Write the predictions (N, K) of fold k's network for its held-out images, with their targets, and for the test
+    images, if there are any; then the facts about it."""
+    tables = {}
+    for part, table, targets in (("valid", data.train, task.targets), ("test", data.test, [])):
+        if part in images:
+            rows = table.iloc[images[part].rows]
+            tables[part] = pd.DataFrame({ID: rows[ID].to_numpy(), FOLD: k})
+            tables[part][targets] = rows[targets].to_numpy()
+            tables[part][task.columns] = prob[part]
+    facts = facts | {"train_rows": len(images["train"])} | provenance()
+    runs.write_fold(run_dir, k, facts, tables["valid"], tables.get("test"))
 
 
 def predict(model: models.Network, task: Task, loader, args, team: Team, tta: int = 1) -> np.ndarray:
@@ -222,7 +224,9 @@ def show_inputs(train: dataset.ImageDataset, seed: int, path: Path, team: Team) 
     if not team.leads or isinstance(train.sources[0], Cells):
         return
     some = np.linspace(0, len(train) - 1, INPUTS).astype(int)
-    save_inputs(path, torch.stack([train[i, 1.0, (seed, i)].image for i in some]).numpy())
+    images = torch.stack([train[i, 1.0, (seed, i)].image for i in some]).unflatten(1, (-1, 3))
+    with atomic(path) as new:  # a column for each image, a row for each of its pictures
+        save_image(images.transpose(0, 1).flatten(0, 1) / 255, new, nrow=INPUTS, padding=0, format="png")
 
 
 def make_routing(args: argparse.Namespace, model, network, scaler) -> fsg.GradientRouting:
@@ -271,11 +275,10 @@ def load_progress(path: Path, parts: dict) -> Progress:
 def finish_fold(k: int, args, data: Data, run_dir: Path, team: Team, images: dict, task: Task, progress) -> None:
     """Predict with the best epoch; write what a finished fold leaves: its gates, predictions, and last its facts."""
     model = models.load_checkpoint(run_dir / f"fold{k}_best.pt", team.device)[0]
-    valid, tables = images["valid"], {}
+    valid, prob = images["valid"], {}
     for part in sorted(images.keys() - {"train"}):  # in the same order in all processes
         loader = dataset.eval_loader(images[part], team.rows(len(images[part])), args.batch_size, args.workers)
-        prob = predict(model, task, loader, args, team, args.tta)
-        tables[part] = fold_table(part, k, data, images[part].rows, task, prob)
+        prob[part] = predict(model, task, loader, args, team, args.tta)
     if not team.leads:
         return
     if getattr(model, "boxes", 1) > 1:
@@ -291,8 +294,7 @@ def finish_fold(k: int, args, data: Data, run_dir: Path, team: Team, images: dic
         prob_of = partial(models.predict, task=task, loader=loader, device=team.device, amp=args.amp)
         gates.record_gates(run_dir, k, model, progress.gates, prob_of, partial(main_score, task, target[some]))
     facts = {key: value for key, value in asdict(progress).items() if key not in ("log", "gates")}
-    facts |= {"train_rows": len(images["train"])} | provenance()
-    runs.write_fold(run_dir, k, facts, tables["valid"], tables.get("test"))
+    write_fold(run_dir, k, data, images, task, prob, facts)
 
 
 # ---------------------------------------------------------------- inputs
@@ -415,7 +417,6 @@ def main(args: argparse.Namespace) -> Path:
 
 
 # ---------------------------------------------------------------- command line
-# fmt: off
 def get_args_parser() -> argparse.ArgumentParser:
     """Command line of this script."""
     parser, count, positive, share = util.new_parser(__doc__), util.COUNT, util.POSITIVE, util.SHARE
@@ -492,7 +493,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     run("--resume", action="store_true", help="go on with an interrupted run")
     run("--overwrite", action="store_true", help="start the run anew, all its folds")
     return parser
-# fmt: on
 
 
 if __name__ == "__main__":

@@ -203,9 +203,8 @@ def augment_stage(count: int, normalise: bool = True) -> Stage:
     """One core: hair, flips, any rotation, colour; to a normalised float batch. Without `normalise` ours ends as our
     loader does, at bytes, which the device normalises."""
     images = some_images(count)
-    ours_of = dataset.ImageDataset(
-        [lambda row, rng: images[row]], range(count), np.zeros((count, 0)), transform=dataset.train_transform(SIZE)
-    )
+    skin = A.Compose(dataset.AUGMENTATIONS["skin"].transforms(SIZE, 0))
+    ours_of = dataset.ImageDataset([lambda row, rng: images[row]], range(count), np.zeros((count, 0)), transform=skin)
     plain = transforms.Compose([
         PasteHair(dataset.DrawHair(SIZE).bank),
         transforms.RandomHorizontalFlip(),

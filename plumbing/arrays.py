@@ -57,6 +57,10 @@ class Rows:
                 file.readinto(image)
         return images[0] if np.ndim(rows) == 0 else images
 
+    def __call__(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        """Images of a row, as a source of dataset.ImageDataset."""
+        return self[row]
+
 
 class PartialArray:
     """An array that is filled row by row; it lies at PATH.part until it is finished."""
@@ -132,13 +136,9 @@ class Filling:
             chunk, facts = todo[start : start + CHUNK], []
             prepared = prepare(chunk) if prepare else [None] * len(chunk)
             with ThreadPoolExecutor(workers) as pool:
-                try:
-                    for fact in pool.map(work, chunk, prepared):
-                        facts.append(fact)
-                        bar.update()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+                for fact in pool.map(work, chunk, prepared):  # an error cancels what has not begun
+                    facts.append(fact)
+                    bar.update()
             for array in self.arrays:
                 array.sync()
             for row, fact in zip(chunk, facts, strict=True):

@@ -196,10 +196,7 @@ def fill(scout, cells: Cells, paths: list[Path], sizes: list[tuple[int, int]], w
             with atomic(path) as new, open(new, "wb") as file:
                 np.save(file, read_cells(scout, paths[row], sizes[row]))
 
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for _ in tqdm(pool.map(work, range(len(paths))), desc=cells.folder.name, total=len(paths), unit="picture"):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    bar = tqdm(total=len(paths), desc=cells.folder.name, unit="picture")
+    with bar, ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(work, range(len(paths))):  # an error cancels what has not begun
+            bar.update()

@@ -149,16 +149,18 @@ def read_data(data_dir: Path) -> Data:
 
 
 # ---------------------------------------------------------------- boxes
-def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> tuple[pd.DataFrame, np.ndarray]:
-    """A table with the side of every image's best box, and the place of its boxes in their wide crops (N, K, 3), NaN
-    where there is none. Raises InputError if the boxes are of other images or not inside them."""
+def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
+    """A table with the side of every image's best box, the place of its boxes in their wide crops (N, K, 3), NaN where
+    there is none, and what its best box is around, in pixels of the original (N, 4). Raises InputError if the boxes are
+    of other images or not inside them."""
     path = crop_dir / f"{split}_boxes.csv"
-    boxes = read_table(path, (*CORNERS, *PLACE), unique=False)
+    boxes = read_table(path, (*CORNERS, *PLACE, *INNER), unique=False)
     number = numbers(boxes, "box", path, 0, 999).astype(int) if "box" in boxes else np.zeros(len(boxes), int)
     best = boxes[number == 0].reset_index(drop=True)
     short, long = (table[["width", "height"]].agg(end, axis=1) for end in ("min", "max"))
     side = numbers(best, "x1", path) - numbers(best, "x0", path)
     values = np.stack([numbers(boxes, column, path, 0, 1) for column in PLACE], axis=1)
+    inner = np.stack([numbers(best, column, path) for column in INNER], axis=1)
     row = pd.Series(np.arange(len(table)), index=table[ID]).reindex(boxes[ID]).to_numpy()
     if best[ID].tolist() != table[ID].tolist() or np.isnan(row).any() or not (
         (side / short).between(0, long / short + 1e-6, inclusive="right").all()
@@ -166,19 +168,13 @@ def with_boxes(table: pd.DataFrame, crop_dir: Path, split: str) -> tuple[pd.Data
         raise InputError(f"{path} has boxes of other images than the table, or outside of them; run crop.py again")
     place = np.full((len(table), number.max() + 1, len(PLACE)), np.nan)
     place[row.astype(int), number] = values
-    return table.assign(**{BOX_SIDE: side / short}), place
+    return table.assign(**{BOX_SIDE: side / short}), place, inner
 
 
-def best_boxes(crop_dir: Path, split: str, columns=()) -> pd.DataFrame:
+def best_boxes(crop_dir: Path, split: str) -> pd.DataFrame:
     """The best box of every image of a split."""
-    boxes = read_table(crop_dir / f"{split}_boxes.csv", columns, unique=False)
+    boxes = read_table(crop_dir / f"{split}_boxes.csv", unique=False)
     return boxes[boxes["box"] == 0] if "box" in boxes else boxes
-
-
-def inner_boxes(crop_dir: Path, split: str) -> np.ndarray:
-    """What the best boxes of a split are around, in pixels of the originals (N, 4)."""
-    boxes, path = best_boxes(crop_dir, split, INNER), crop_dir / f"{split}_boxes.csv"
-    return np.stack([numbers(boxes, column, path) for column in INNER], axis=1)
 
 
 # ---------------------------------------------------------------- metadata

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from plumbing.files import atomic
 from plumbing.images import Frame, frame_of
-from scores import auc, average_precision, known_labels
+from scores import known_labels
 from tasks import Task
 from util import FOLD
 
-MOST_CLASSES = 12  # that a legend names
 MOST_VALUES = 24  # boxes of a box plot
 COURSES = 8  # cases whose errors are drawn frame by frame
 
@@ -32,32 +30,10 @@ def save_figure(path: Path, figure) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def save_inputs(path: Path, image: np.ndarray) -> None:
-    """Save what a network sees of images uint8 (N, 3 * pictures, S, S) as PNG: a column for each."""
-    n, _, size, _ = image.shape
-    tiles = image.reshape(n, -1, 3, size, size).transpose(1, 3, 0, 4, 2)  # (pictures, S, N, S, 3)
-    with atomic(path) as temporary:
-        Image.fromarray(tiles.reshape(-1, n * size, 3)).save(temporary, format="PNG")
-
-
-def draw_statistics(table: pd.DataFrame):
-    """Images and cases of every fold, by class if there are some; table: of preprocess.py."""
-    figure = new_figure(figsize=(10, 3.6))
-    for axes, what in zip(figure.subplots(1, 2), ("images", "cases"), strict=True):
-        parts = [column for column in table if column.startswith(f"{what} ")]
-        below = np.zeros(len(table))
-        for column in parts or [what]:
-            label = column.removeprefix(f"{what} ")
-            axes.bar(table[FOLD].astype(str), table[column], bottom=below, label=label if parts else None)
-            below += table[column].to_numpy(float)
-        axes.set(xlabel=FOLD, ylabel=what)
-        if 0 < len(parts) <= MOST_CLASSES:
-            axes.legend(fontsize=8)
-    return figure
-
-
 def draw_predictions(task: Task, oof: pd.DataFrame):
     """Held-out predictions: a ROC curve per fold, or per label or class; of a quantity predicted against true."""
+    from sklearn.metrics import RocCurveDisplay
+
     figure = new_figure(figsize=(5, 5))
     axes = figure.subplots()
     target, prob = oof[task.targets].to_numpy(float), oof[task.columns].to_numpy(float)
@@ -77,7 +53,7 @@ def draw_predictions(task: Task, oof: pd.DataFrame):
         for name, (rows, column) in parts.items():
             found = {place: pair for place, _, *pair in known_labels(target[rows], prob[rows])}
             if column in found:
-                draw_roc(axes, name, *found[column])
+                RocCurveDisplay.from_predictions(*found[column], name=name, ax=axes)
         ends = 0, 1
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", title="Held-out folds")
     axes.plot(ends, ends, color="0.7", linewidth=1)
@@ -88,14 +64,12 @@ def draw_predictions(task: Task, oof: pd.DataFrame):
 
 def draw_precision(task: Task, target: np.ndarray, prob: np.ndarray):
     """Precision by recall of every label or class, with their share of positives."""
-    from sklearn.metrics import precision_recall_curve
+    from sklearn.metrics import PrecisionRecallDisplay
 
     figure = new_figure(figsize=(5, 5))
     axes = figure.subplots()
     for i, (column, _, label, values) in enumerate(known_labels(target, prob)):
-        precision, recall, _ = precision_recall_curve(label, values)
-        words = f"{task.names[column]}: AP {average_precision(label, values):.3f}"
-        axes.plot(recall, precision, color=f"C{i}", label=words)
+        PrecisionRecallDisplay.from_predictions(label, values, name=task.names[column], ax=axes)
         axes.axhline(label.mean(), color=f"C{i}", linewidth=1, linestyle=":")
     axes.set(xlabel="sensitivity (recall)", ylabel="precision", ylim=(0, 1), title="Dotted: share of positives")
     if axes.get_legend_handles_labels()[0]:
@@ -151,9 +125,11 @@ def draw_courses(task: Task, table: pd.DataFrame):
     return figure
 
 
-def draw_reliability(task: Task, target: np.ndarray, before: np.ndarray, after: np.ndarray, bins: int = 10):
+def draw_reliability(task: Task, target: np.ndarray, before: np.ndarray, after: np.ndarray):
     """Share of positives by predicted probability (N, K), as predicted and calibrated, all labels or classes together;
     the calibration has seen these rows."""
+    from sklearn.calibration import calibration_curve
+
     figure = new_figure(figsize=(5, 5))
     axes = figure.subplots()
     for name, prob in (("as predicted", before), ("calibrated", after)):
@@ -161,22 +137,12 @@ def draw_reliability(task: Task, target: np.ndarray, before: np.ndarray, after: 
         if not pairs:
             continue
         label, value = (np.concatenate(part) for part in zip(*pairs, strict=True))
-        place = np.minimum((value * bins).astype(int), bins - 1)
-        used = [bin_ for bin_ in range(bins) if (place == bin_).any()]
-        axes.plot([value[place == bin_].mean() for bin_ in used], [label[place == bin_].mean() for bin_ in used],
-                  marker="o", label=name)  # fmt: skip
+        share, mean = calibration_curve(label, value.clip(0, 1), n_bins=10)  # means may be rounded to above 1
+        axes.plot(mean, share, marker="o", label=name)
     axes.plot((0, 1), (0, 1), color="0.7", linewidth=1)
     axes.set(xlabel="predicted probability", ylabel="share of positives")
     axes.legend(loc="upper left", fontsize=8)
     return figure
-
-
-def draw_roc(axes, name: str, target: np.ndarray, prob: np.ndarray) -> None:
-    """Draw one ROC curve."""
-    from sklearn.metrics import roc_curve
-
-    fpr, tpr, _ = roc_curve(target, prob)
-    axes.plot(fpr, tpr, label=f"{name}: AUC {auc(target, prob):.3f}")
 
 
 def draw_curves(log: pd.DataFrame, metric: str):

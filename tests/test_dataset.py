@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 import dataset
-from dataset import DrawHair, Guide, ImageDataset, Jittered, Stored, TrainLoader, TurnAndTint, cut_batches, draw_order
-from plumbing.arrays import array_path, open_array
+from dataset import DrawHair, Guide, ImageDataset, Jittered, TrainLoader, TurnAndTint, cut_batches, draw_order
+from plumbing.arrays import Rows, array_path, open_array
 from plumbing.distributed import Team
 
 
@@ -85,7 +85,7 @@ def test_what_may_not_be_turned_stays_upright_and_quarter_turns_are_exact():
     angles = np.degrees([np.arctan2(turn[0, 1], turn[0, 0]) for turn in turns])
     assert 9 < np.abs(angles).max() <= 10
     assert np.allclose([np.linalg.det(turn[:, :2]) for turn in turns], 1)  # never mirrored
-    assert not [step for step in dataset.train_transform(32, name="upright") if isinstance(step, DrawHair)]
+    assert not [step for step in dataset.AUGMENTATIONS["upright"].transforms(32, 0) if isinstance(step, DrawHair)]
 
 
 def test_jittered_crops_stay_near_the_box_and_are_now_and_then_the_whole(tmp_path):
@@ -93,7 +93,7 @@ def test_jittered_crops_stay_near_the_box_and_are_now_and_then_the_whole(tmp_pat
     wide[0, ..., 0], wide[0, ..., 1] = np.arange(140), np.arange(140)[:, None]  # x, y in pixels
     np.save(tmp_path / "wide.npy", wide)
     np.save(tmp_path / "whole.npy", np.full((1, 100, 100, 3), 255, np.uint8))
-    wide, whole = (Stored(tmp_path / f"{name}.npy", 1) for name in ("wide", "whole"))
+    wide, whole = (Rows(tmp_path / f"{name}.npy", 1) for name in ("wide", "whole"))
     crops, rng = Jittered(wide, whole, np.array([[[20 / 140, 20 / 140, 100 / 140]]]), 100), np.random.default_rng(0)
     drawn = [crops(0, rng).astype(float) for _ in range(400)]
     cut = np.stack([crop for crop in drawn if crop.min() < 255])
@@ -107,13 +107,13 @@ def test_jittered_crops_stay_near_the_box_and_are_now_and_then_the_whole(tmp_pat
     assert {edge(0, rng).shape for _ in range(50)} == {(100, 100, 3)}
     np.save(tmp_path / "wides.npy", np.full((1, 3, 140, 140, 3), 9, np.uint8))
     place = np.array([[[0.1, 0.1, 0.7], [0.2, 0.2, 0.7], [np.nan] * 3]])
-    several = Jittered(Stored(tmp_path / "wides.npy", 1), whole, place, 100)(0, rng)
+    several = Jittered(Rows(tmp_path / "wides.npy", 1), whole, place, 100)(0, rng)
     assert several.shape == (3, 100, 100, 3)
     assert several.any(axis=(1, 2, 3)).tolist() == [True, True, False]
 
 
 def make(data_dir, transform=None, guide=None):
-    rows, stored = np.arange(16), Stored(array_path(data_dir, "train", 64), 24)
+    rows, stored = np.arange(16), Rows(array_path(data_dir, "train", 64), 24)
     return ImageDataset([stored], rows, np.zeros((16, 2)), rows[:, None] % 4 == 0, transform, guide)
 
 

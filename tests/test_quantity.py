@@ -132,7 +132,6 @@ def test_preprocessing_keeps_sizes_in_proportion_and_says_what_lies_where(polyps
     assert statistics["cases up to 5"].sum() == 5
     assert statistics["images from 10"].sum() == 8
     assert statistics["greatest size_mm"].max() == 15
-    assert (polyps / "statistics.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(("flags", "words"), [

@@ -20,6 +20,7 @@ import models
 import plumbing.runs
 import train
 from plumbing import gates
+from plumbing.arrays import Rows
 from plumbing.data import MetaEncoder, read_data
 from plumbing.files import read_json
 from scores import auc
@@ -213,7 +214,7 @@ def test_metadata_is_that_of_training_rows_alone(data_dir, tmp_path):
 
 
 def test_only_training_crops_are_jittered(data_dir, runs_dir):
-    stored, jittered = dataset.Stored, dataset.Jittered
+    stored, jittered = Rows, dataset.Jittered
     for model, more, kinds in (("cropnet", [], [jittered]), ("cropnet", ["--no-jitter"], [stored]),
                                ("fusion", [], [stored, jittered]), ("resnet", [], [jittered])):  # fmt: skip
         args = settings(data_dir, "--crop_dir", data_dir / "crops" / "chipnet", *more, model=model)
