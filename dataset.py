@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,52 +38,51 @@ from util import FOLD
 JITTER_SCALE, JITTER_SHIFT = (0.9, 1.25), 0.1  # of a box's side, while training on crops
 WHOLE_SHARE = 0.1  # of the crops in training that are the whole image instead
 HAIRS = (50, 100, 150, 200, 300, 400, 500, 600)  # on one image
+HAIR_BANK = 64  # overlays
 HAIR_COLORS = np.array([(35, 18, 11), (61, 35, 20), (90, 56, 37), (44, 22, 8), (21, 15, 8)])
 SLIGHT_TURN = np.pi / 18  # 10 degrees
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
 # ---------------------------------------------------------------- augmentation
+def draw_hair(size: int, rng: np.random.Generator) -> np.ndarray:
+    """The opacity 0..255 of some hair: blurred arcs, uint8 (size, size)."""
+    side = size + 200
+    canvas = np.zeros((side, side), np.uint8)
+    for _ in range(rng.choice(HAIRS)):
+        axes = rng.uniform(100, 1.5 * side, 2) / 2
+        centre = rng.uniform(-side, side, 2) + axes
+        start, end, opacity, width = -rng.integers(71), rng.integers(71), rng.integers(70, 181), rng.integers(1, 4)
+        ellipse = [np.rint(16 * pair).astype(int).tolist() for pair in (centre, axes)]  # 1/16 pixel
+        cv2.ellipse(canvas, *ellipse, 0, int(start), int(end), int(opacity), int(width), cv2.LINE_AA, 4)
+    blurred = cv2.GaussianBlur(canvas, (0, 0), 1)
+    return cv2.resize(blurred, (size, size), interpolation=cv2.INTER_AREA)
+
+
+@cache
+def hair_bank(size: int) -> list[np.ndarray]:
+    """What draw_hair draws, some times; drawn once in a process."""
+    rng = np.random.default_rng(0)
+    return [draw_hair(size, rng) for _ in range(HAIR_BANK)]
+
+
 class DrawHair(A.ImageOnlyTransform):
     """Dark, blurred arcs over a square uint8 image, so that networks learn to look past hair. Numbers, widths, colours,
-    opacities and the share of hairy images are the original's. Overlays are drawn once into a bank and varied by the
+    opacities and the share of hairy images are the original's. Overlays come from a bank and are varied by the
     symmetries of the square, which is some hundred times cheaper than drawing each time."""
 
-    def __init__(self, size: int, bank_size: int = 64, p: float = 0.8):
+    def __init__(self, size: int, p: float = 0.8):
         super().__init__(p=p)
-        self.size, self.bank_size, self._bank = size, bank_size, None
-
-    @property
-    def bank(self) -> list[np.ndarray]:
-        """Opacity of every overlay, 0..255: uint8 (size, size)."""
-        if self._bank is None:
-            rng = np.random.default_rng(0)
-            self._bank = [self._draw(rng) for _ in range(self.bank_size)]
-        return self._bank
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_bank": None}  # drawn again in each worker, not sent to it
-
-    def _draw(self, rng: np.random.Generator) -> np.ndarray:
-        side = self.size + 200
-        canvas = np.zeros((side, side), np.uint8)
-        for _ in range(rng.choice(HAIRS)):
-            axes = rng.uniform(100, 1.5 * side, 2) / 2
-            centre = rng.uniform(-side, side, 2) + axes
-            start, end, opacity, width = -rng.integers(71), rng.integers(71), rng.integers(70, 181), rng.integers(1, 4)
-            ellipse = [np.rint(16 * pair).astype(int).tolist() for pair in (centre, axes)]  # 1/16 pixel
-            cv2.ellipse(canvas, *ellipse, 0, int(start), int(end), int(opacity), int(width), cv2.LINE_AA, 4)
-        blurred = cv2.GaussianBlur(canvas, (0, 0), 1)
-        return cv2.resize(blurred, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        self.size = size
 
     def get_params(self) -> dict:
         """Draw an overlay, a symmetry and a colour."""
         rng = self.random_generator
-        return {"overlay": rng.integers(self.bank_size), "symmetry": rng.integers(8), "color": rng.choice(HAIR_COLORS)}
+        return {"overlay": rng.integers(HAIR_BANK), "symmetry": rng.integers(8), "color": rng.choice(HAIR_COLORS)}
 
     def apply(self, img: np.ndarray, overlay: int, symmetry: int, color: np.ndarray, **_) -> np.ndarray:
         """Blend one overlay into a uint8 (size, size, 3) image."""
-        opacity = np.rot90(self.bank[overlay], symmetry % 4)
+        opacity = np.rot90(hair_bank(self.size)[overlay], symmetry % 4)
         opacity = np.ascontiguousarray(opacity.T if symmetry >= 4 else opacity)
         hair = cv2.merge([cv2.convertScaleAbs(opacity, alpha=float(value) / 255) for value in color])
         return cv2.add(cv2.multiply(img, 255 - cv2.merge([opacity] * 3), scale=1 / 255), hair)

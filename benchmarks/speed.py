@@ -206,7 +206,7 @@ def augment_stage(count: int, normalise: bool = True) -> Stage:
     skin = A.Compose(dataset.AUGMENTATIONS["skin"].transforms(SIZE, 0))
     ours_of = dataset.ImageDataset([lambda row, rng: images[row]], range(count), np.zeros((count, 0)), transform=skin)
     plain = transforms.Compose([
-        PasteHair(dataset.DrawHair(SIZE).bank),
+        PasteHair(dataset.hair_bank(SIZE)),
         transforms.RandomHorizontalFlip(),
         transforms.RandomVerticalFlip(),
         transforms.RandomRotation(360),

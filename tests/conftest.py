@@ -5,7 +5,6 @@ import os
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start: threads of several processes slow each other
 
-import functools
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -17,7 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-import dataset
+import plumbing.runs
 from plumbing.files import read_json, sha256, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +38,13 @@ settings.load_profile("short")
 def one_thread():
     """A second thread gains such small networks nothing, and on a busy machine loses a lot."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_curves():
+    """The curves of a training are drawn, but not rendered, which takes a quarter of its time."""
+    with mock.patch.object(plumbing.runs, "save_figure", lambda path, _: path.touch()):
+        yield
 
 
 def write_images(folder: Path, n_train: int = 24, n_test: int = 4) -> Path:
@@ -102,17 +108,6 @@ def rewrite(table: Path, edit, facts: str = "metrics.json") -> None:
     change(table.with_name(facts), lambda content: content["sha256"].update({table.name: sha256(table)}))
 
 
-@functools.cache
-def hair_bank(size: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(0)
-    return [dataset.DrawHair(size)._draw(rng) for _ in range(64)]
-
-
-def quick_hair():
-    """Draws the same hair once for all trainings, of which it takes most of the time otherwise."""
-    return mock.patch.object(dataset.DrawHair, "bank", property(lambda hair: hair_bank(hair.size)))
-
-
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """A user's folder: images/, train.csv, test.csv, sample_submission.csv."""
@@ -132,11 +127,10 @@ def runs_dir(data_dir, tmp_path_factory) -> Path:
     """Trained runs: resnet, chipnet, crops of it, cropnet, a mean and a learned blend."""
     runs = tmp_path_factory.mktemp("runs")
     where = ["--data_dir", data_dir, "--runs_dir", runs]
-    with quick_hair():
-        for model in ("resnet", "chipnet"):
-            call("train", "--model", model, *where, *SMALL_MODEL)
-        call("crop", "--run", runs / "chipnet", "--data_dir", data_dir, *SMALL_CROP, "--views", 2)
-        call("train", "--model", "cropnet", *where, *SMALL_MODEL)
+    for model in ("resnet", "chipnet"):
+        call("train", "--model", model, *where, *SMALL_MODEL)
+    call("crop", "--run", runs / "chipnet", "--data_dir", data_dir, *SMALL_CROP, "--views", 2)
+    call("train", "--model", "cropnet", *where, *SMALL_MODEL)
     call("ensemble", "mean", "--runs_dir", runs, "--name", "mean")
     call("ensemble", "weights", "--runs_dir", runs)
     return runs

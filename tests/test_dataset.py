@@ -20,8 +20,9 @@ from plumbing.arrays import Rows, array_path, open_array
 from plumbing.distributed import Team
 
 
-def test_four_of_five_images_get_hair_in_one_of_five_browns_and_eight_symmetries():
-    hair = DrawHair(48, bank_size=4)
+def test_four_of_five_images_get_hair_in_one_of_five_browns_and_eight_symmetries(monkeypatch):
+    monkeypatch.setattr(dataset, "HAIR_BANK", 4)
+    hair, bank = DrawHair(48), dataset.hair_bank(48)
     transform, plain = A.Compose([hair]), np.full((48, 48, 3), 200, np.uint8)
     transform.set_random_seed(0)
     assert 0.74 < np.mean([(transform(image=plain)["image"] != 200).any() for _ in range(400)]) < 0.86
@@ -29,12 +30,14 @@ def test_four_of_five_images_get_hair_in_one_of_five_browns_and_eight_symmetries
     assert len({tuple(d["color"].tolist()) for d in drawn}) == 5
     assert {(d["overlay"], d["symmetry"]) for d in drawn} == set(product(range(4), range(8)))
     image, color = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8), np.array([61, 35, 20])
-    opacity = hair.bank[1][..., None] / 255
+    opacity = bank[1][..., None] / 255
     assert np.abs(hair.apply(image, 1, 0, color) - (1 - opacity) * image - opacity * color).max() <= 1.5
     covers = {hair.apply(0 * image, 1, k, np.array([255] * 3))[..., 0].tobytes() for k in range(8)}
-    assert covers == {np.rot90(cover, k).tobytes() for cover in (hair.bank[1], hair.bank[1].T) for k in range(4)}
+    assert covers == {np.rot90(cover, k).tobytes() for cover in (bank[1], bank[1].T) for k in range(4)}
     assert len(covers) == 8
-    assert np.array_equal(hair.bank, DrawHair(48, bank_size=4).bank)  # the same in every process
+    dataset.hair_bank.cache_clear()
+    assert np.array_equal(bank, dataset.hair_bank(48))  # the same in every process
+    dataset.hair_bank.cache_clear()
     assert len(pickle.dumps(hair)) < 5_000  # since it is drawn there and not sent
 
 

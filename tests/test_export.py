@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SMALL_MODEL, call, change, quick_hair, read
+from conftest import SMALL_MODEL, call, change, read
 from PIL import Image
 
 import export
@@ -145,8 +145,7 @@ def trained(source, tmp_path_factory):
         data = call("preprocess", "--train_csv", folder / "train.csv", "--image_dir", source / "images", "--size", 64,
                     "--target_col", target, "--n_folds", 2, "--frame", "whole",
                     "--output_dir", folder / target)  # fmt: skip
-        with quick_hair():
-            return call("train", "--data_dir", data, "--runs_dir", folder, "--fold", 0, *SMALL_MODEL, *words)
+        return call("train", "--data_dir", data, "--runs_dir", folder, "--fold", 0, *SMALL_MODEL, *words)
 
     return train
 

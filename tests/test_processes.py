@@ -39,7 +39,8 @@ def work(rank):
         with open(f"{name}_{rank}.json", "w") as file:
             json.dump(noted, file)
 
-train.predict, dataset.DrawHair.bank = record, dataset.DrawHair(64).bank
+train.predict = record
+dataset.hair_bank(64)  # drawn once, not in each process
 fork = multiprocessing.get_context("fork")
 processes = [fork.Process(target=work, args=(rank,)) for rank in range(int(os.environ["WORLD_SIZE"]))]
 for process in processes:

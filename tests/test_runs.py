@@ -145,7 +145,7 @@ def call(*args):
     return result
 
 setattr(train, name, call)
-dataset.DrawHair.bank = dataset.DrawHair(64).bank  # drawn once, not in each loader process
+dataset.hair_bank(64)  # drawn once, not in each loader process
 train.util.run_script(train.main, train.get_args_parser())
 """
 

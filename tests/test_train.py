@@ -3,13 +3,12 @@
 import multiprocessing.process
 import os
 from functools import partial
-from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import SMALL_MODEL, call, quick_hair, read
+from conftest import SMALL_MODEL, call, read
 from torch._dynamo.utils import counters
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -17,7 +16,6 @@ import dataset
 import fsg
 import losses
 import models
-import plumbing.runs
 import train
 from plumbing import gates
 from plumbing.arrays import Rows
@@ -33,13 +31,8 @@ TWO_EPOCHS = ["--fold", 0, "--epochs", 2, "--patience", 2]
 
 
 def fit(data_dir, runs, *more, model="resnet"):
-    """Train a small network. Its figure stays empty, which is much of the time otherwise."""
-    with (
-        mock.patch.object(plumbing.runs, "draw_curves"),
-        mock.patch.object(plumbing.runs, "save_figure", lambda path, _: path.touch()),
-        quick_hair(),
-    ):
-        return call("train", "--model", model, "--data_dir", data_dir, "--runs_dir", runs, *SMALL_MODEL, *more)
+    """Train a small network."""
+    return call("train", "--model", model, "--data_dir", data_dir, "--runs_dir", runs, *SMALL_MODEL, *more)
 
 
 def settings(data_dir, *more, model="resnet"):
