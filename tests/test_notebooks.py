@@ -61,11 +61,11 @@ def offline(tmp_path):
     return run
 
 
-def run_session(folder: Path, offline, train: str, before: str = "") -> tuple[str, set[str]]:
+def run_session(folder: Path, offline, train: str) -> tuple[str, set[str]]:
     """Run all cells in one process; returns what was printed and the names of the runs that were blended."""
     cells = json.loads((ROOT / "notebooks" / "kaggle_submission.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    (folder / "notebook.py").write_text("\n".join([before, *code]))
+    (folder / "notebook.py").write_text("\n".join([QUICK, *code]))
     for name in ("output", "scratch"):
         (folder / name).mkdir()
     done = offline("notebook.py", TRAIN=train)
@@ -85,7 +85,7 @@ def test_a_session_that_is_stopped_leaves_a_submission_and_the_next_one_goes_on(
     assert "Not all is finished" in said
     shutil.move(tmp_path / "output", tmp_path / "earlier")
     shutil.rmtree(tmp_path / "scratch")
-    said, names = run_session(tmp_path, offline, TRAIN, QUICK)
+    said, names = run_session(tmp_path, offline, TRAIN)
     assert names == {"probe", "resnet", "chipnet", "cropnet"}
     assert "Not all is finished" not in said
     log = Path("runs") / "resnet" / "fold0_log.csv"
