@@ -38,7 +38,7 @@ demo_pattern:
 	    --data_dir demo/pattern --runs_dir demo/pattern/runs
 
 test: .venv/installed-dev lint
-	$(RUN) -m pytest --numprocesses 2
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

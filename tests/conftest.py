@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import plumbing.runs
+import scores
 from plumbing.files import read_json, sha256, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -41,9 +42,11 @@ def one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def empty_curves():
-    """The curves of a training are drawn, but not rendered, which takes a quarter of its time."""
-    with mock.patch.object(plumbing.runs, "save_figure", lambda path, _: path.touch()):
+def quick_endings():
+    """The curves of a training are drawn, but not rendered, and intervals come from few samples: else these take most
+    of the time of small trainings."""
+    curves = mock.patch.object(plumbing.runs, "save_figure", lambda path, _: path.touch())
+    with curves, mock.patch.object(scores, "BOOTSTRAP_SAMPLES", 100):
         yield
 
 
