@@ -11,7 +11,7 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-BUDGET, README_BYTES = 10_500, 12_000  # lines of all modules, length of the README
+BUDGET, README_BYTES = 10_350, 12_000  # lines of all modules, length of the README
 SCRIPTS = {"prepare", "preprocess", "train", "crop", "ensemble", "predict", "report", "features", "export", "app"}
 # what a module may import of ours; a script all but scripts
 ALLOWED = {"util": (), "fsg": (), "losses": ("scores",), "scores": (), "tasks": ("util", "scores", "losses"),
