@@ -35,9 +35,8 @@ CSS = """.answer .prose {display: flex; flex-wrap: wrap; align-items: center} .a
 def answer(run: Run, predictor, path: Path, meta: dict[str, str]) -> str:
     """HTML of what a run says of an image file and its metadata by column. Raises InputError."""
     square, size = read_square(path, predictor.size, predictor.exact, predictor.frame)
-    name = name_key(path.name)
-    table = pd.read_csv(StringIO(pd.DataFrame([{ID: name} | meta]).to_csv(index=False)))  # cells as predict.py has them
-    table[ID] = [name]
+    table = pd.read_csv(StringIO(pd.DataFrame([{ID: 0} | meta]).to_csv(index=False)))  # cells as predict.py has them
+    table[ID] = name_key(path.name)
     images, found = Images(table, [path], square[None], [size]), {}
     predictor.predict(images, found)
     shown = {predictor.name: found.pop(predictor.name)} | found  # a blend before its members

@@ -214,10 +214,11 @@ def default_way(network: nn.Module, size: int) -> str:
 
 def choose_way(way: str | None, network: nn.Module, size: int) -> str:
     """The way asked for, or the default; raises InputError if it is not for such a network."""
-    best = default_way(network, size)
-    if way is not None and (way == "attention") != (best == "attention"):
-        raise InputError(f"maps by {way} are not for this network; pass {best}")
-    return way or best
+    if way is None:
+        return default_way(network, size)
+    if (way == "attention") != hasattr(network, "take_in"):
+        raise InputError(f"maps by {way} are not for this network; pass {default_way(network, size)}")
+    return way
 
 
 # ---------------------------------------------------------------- layers

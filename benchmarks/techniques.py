@@ -488,14 +488,22 @@ def show_table(args: argparse.Namespace) -> None:
     holm = 0.0
     for i, row in enumerate(table.to_dict("records")):
         holm = min(max(holm, (len(table) - i) * row["p"]), 1.0)
-        reading = ("better" if row["gain"] > 0 else "worse") if holm < 0.05 else "unclear"
-        reading = "no worse" if reading == "unclear" and row["low"] > -EQUAL else reading
+        reading = "no worse" if row["low"] > -EQUAL else "unclear"
+        if holm < 0.05:
+            reading = "better" if row["gain"] > 0 else "worse"
         print("| {technique} | {where} | {score} | {without:.3f} | {with:.3f} | {gain:+.3f} [{low:+.3f}, {high:+.3f}] "
               "| {p:.4f} |".format(**row), f"{holm:.3f} | {reading} |")  # fmt: skip
 
 
 # ---------------------------------------------------------------- command line
 COMMANDS = {"train": train, "maps": draw_maps, "cost": measure_cost, "table": show_table}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run a command."""
+    if args.data is None and args.command != "cost":
+        raise util.InputError(f"{args.command} needs DATA, a folder with isic2018, polyps256, cifar10_subset, mnist")
+    COMMANDS[args.command](args)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -511,13 +519,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--sets", nargs="+", choices=tuple(SETS), default=list(SETS), help="of pictures")
     add("--size", type=util.COUNT, default=64, help="of skin and polyps, in pixels")
     return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    """Run a command."""
-    if args.data is None and args.command != "cost":
-        raise util.InputError(f"{args.command} needs DATA, a folder with isic2018, polyps256, cifar10_subset, mnist")
-    COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":
